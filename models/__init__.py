@@ -1,0 +1,7 @@
+"""Builders and exporters of the models that tests, demo and benchmarks use (needs the `models` extra: torch, transformers).
+
+- `minilm`: all-MiniLM-L6-v2, a sentence encoder with its trained weights.
+- `llama`: a Llama-architecture decoder of any size with random weights and a KV cache.
+- `sentences`: English text that ships with Python.
+- `demo`: converts both and prints what it gained.
+"""

@@ -1,0 +1,58 @@
+"""One call of torch's dynamo exporter, without its chatter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+# The newest opset whose Llama exports run on every supported ONNX Runtime (opset 23's RotaryEmbedding fails at batch > 1).
+DEFAULT_OPSET = 20
+
+
+def export(
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset: int = DEFAULT_OPSET,
+) -> ir.Model:
+    """Exports `module`, called with the positional `arguments`, to an ONNX model in memory.
+
+    `dynamic_shapes` mirrors `arguments`: per tensor a dict from axis to the name of a symbolic dimension.
+    `input_names` and `output_names` name the flattened tensors.
+    """
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            dynamic_shapes=dynamic_shapes,
+            opset_version=opset,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's remarks about absent packages and its own internals off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
