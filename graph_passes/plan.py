@@ -1,0 +1,223 @@
+"""What a conversion does with every MatMul, Gemm and relative of a model, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Action(StrEnum):
+    """What happens to a node."""
+
+    CONVERTED = "converted"
+    PACKED_DENSE = "packed_dense"
+    LEFT_ALONE = "left_alone"
+
+
+class Reason(StrEnum):
+    """Why: the closed list. ``text`` is a sentence that a user can act on."""
+
+    CONVERTED = "converted"
+    PACKED_DENSE = "packed_dense"
+    ALREADY_CONVERTED = "already_converted"
+    TWO_ACTIVATIONS = "two_activations"
+    WEIGHT_NOT_CONSTANT = "weight_not_constant"
+    WEIGHT_IS_GRAPH_INPUT = "weight_is_graph_input"
+    WEIGHT_ON_LEFT = "weight_on_left"
+    WEIGHT_NOT_2D = "weight_not_2d"
+    EMPTY_WEIGHT = "empty_weight"
+    CONSTANT_EXPRESSION = "constant_expression"
+    INCONSISTENT_SHAPES = "inconsistent_shapes"
+    QUANTIZED_WEIGHT = "quantized_weight"
+    UNSUPPORTED_OPERATOR = "unsupported_operator"
+    UNSUPPORTED_DTYPE = "unsupported_dtype"
+    UNSUPPORTED_ATTRIBUTES = "unsupported_attributes"
+    UNSUPPORTED_BIAS = "unsupported_bias"
+    IN_SUBGRAPH = "in_subgraph"
+    IN_FUNCTION = "in_function"
+    EXCLUDED_BY_USER = "excluded_by_user"
+    NOT_INCLUDED_BY_USER = "not_included_by_user"
+    NOT_FASTER = "not_faster"
+
+    @property
+    def text(self) -> str:
+        """The reason in words."""
+        return _TEXTS[self]
+
+
+_TEXTS: Mapping[Reason, str] = {
+    Reason.CONVERTED: "Packed sparse.",
+    Reason.PACKED_DENSE: "Packed dense: it has too few zeros for the sparse form to be smaller; prune it to gain more.",
+    Reason.ALREADY_CONVERTED: "It is a sparse operator already.",
+    Reason.TWO_ACTIVATIONS: "Both inputs are computed at run time (as in attention), so there is no weight to pack.",
+    Reason.WEIGHT_NOT_CONSTANT: "The weight is computed in the graph; fold constants before converting "
+    "(onnxruntime's basic optimizations, or onnxsim).",
+    Reason.WEIGHT_IS_GRAPH_INPUT: "The weight is also a graph input, so a caller may replace it; "
+    "remove it from the graph inputs if nobody does.",
+    Reason.WEIGHT_ON_LEFT: "The constant is the left input; only weights on the right are supported.",
+    Reason.WEIGHT_NOT_2D: "The weight does not have two dimensions.",
+    Reason.EMPTY_WEIGHT: "The weight has no elements.",
+    Reason.CONSTANT_EXPRESSION: "Both inputs are constants; ONNX Runtime computes the product once, when it loads.",
+    Reason.INCONSISTENT_SHAPES: "The shapes of the inputs do not fit; the model itself is wrong here.",
+    Reason.QUANTIZED_WEIGHT: "The weight is quantized; this version packs floating-point weights only, "
+    "so convert the model from before its quantization.",
+    Reason.UNSUPPORTED_OPERATOR: "This version does not convert this operator.",
+    Reason.UNSUPPORTED_DTYPE: "The activations are not float32; export the model in float32.",
+    Reason.UNSUPPORTED_ATTRIBUTES: "The node has attributes that the sparse operator cannot express.",
+    Reason.UNSUPPORTED_BIAS: "The third input is not a constant vector with one element per output.",
+    Reason.IN_SUBGRAPH: "The node is in the body of an If, Loop or Scan and its weight is outside; "
+    "ONNX Runtime does not treat such a weight as constant.",
+    Reason.IN_FUNCTION: "The node is in a model-local function; inline the functions before converting.",
+    Reason.EXCLUDED_BY_USER: "An exclude pattern matches it.",
+    Reason.NOT_INCLUDED_BY_USER: "No include pattern matches it.",
+    Reason.NOT_FASTER: "Packed it would hardly be smaller than the dense weight, so hardly faster; prune it first.",
+}
+
+
+@dataclass
+class NodePlan:
+    """What happens to one node. Sizes that need the weight's values are None until the weight has been read.
+
+    Attributes:
+        node: Name of the node.
+        op_type: Its operator, with the domain in front if it is not ONNX's own.
+        action: What happens to it.
+        reason: Why, from the closed list.
+        detail: What is particular to this node, e.g. the operator that computes its weight; may be empty.
+        scope: The module that it came from, where the exporter recorded it.
+        graph: Name of the If, Loop or Scan node, or of the function, whose body holds it; None in the main graph.
+        weight: Name of the weight as it stands in the input model.
+        packed: Name of the packed initializer; several nodes may share one.
+        weight_type: Type of the packed weights.
+        k: Rows of the weight (the node's inputs), None if unknown.
+        n: Columns of the weight (the node's outputs), None if unknown.
+        nnz: Packed weights that are not zero; before writing a pruned model, what pruning will leave at most.
+        bytes_before: Size of the weight in the input model.
+        bytes_after: Size of the packed weight.
+        bias: Whether a bias is computed in the node, its own or an absorbed Add.
+        epilogue: The activation function that is computed in the node.
+        absorbed: Names of the other nodes that the sparse operator replaces.
+        pruned: Whether the chosen method prunes this weight.
+        prune_note: Why a weight is not pruned although the method prunes; empty otherwise.
+        keeps_dense: Whether the dense weight stays in the model, because something else uses it.
+    """
+
+    node: str
+    op_type: str
+    action: Action
+    reason: Reason
+    detail: str = ""
+    scope: str | None = None
+    graph: str | None = None
+    weight: str | None = None
+    packed: str | None = None
+    weight_type: str | None = None
+    k: int | None = None
+    n: int | None = None
+    nnz: int | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    bias: bool = False
+    epilogue: str = "none"
+    absorbed: tuple[str, ...] = ()
+    pruned: bool = False
+    prune_note: str = ""
+    keeps_dense: bool = False
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of zeros in the weight, from 0 to 1; None while it is unknown."""
+        if self.nnz is None or not self.k or not self.n:
+            return None
+        return 1.0 - self.nnz / (self.k * self.n)
+
+    @property
+    def text(self) -> str:
+        """The reason in words, with the detail."""
+        return f"{self.reason.text} {self.detail}".rstrip()
+
+    def to_json(self) -> dict[str, object]:
+        """The plan of the node as JSON values."""
+        return {
+            "node": self.node,
+            "op_type": self.op_type,
+            "scope": self.scope,
+            "graph": self.graph,
+            "action": self.action.value,
+            "reason": self.reason.value,
+            "text": self.text,
+            "weight": self.weight,
+            "packed": self.packed,
+            "weight_type": self.weight_type,
+            "k": self.k,
+            "n": self.n,
+            "nnz": self.nnz,
+            "sparsity": self.sparsity,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bias": self.bias,
+            "epilogue": self.epilogue,
+            "absorbed": list(self.absorbed),
+            "pruned": self.pruned,
+            "prune_note": self.prune_note,
+            "keeps_dense": self.keeps_dense,
+        }
+
+
+@dataclass
+class Plan:
+    """The plans of all nodes, in graph order, and the options that made them."""
+
+    nodes: list[NodePlan] = field(default_factory=list)
+    options: dict[str, object] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[NodePlan]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def converted(self) -> list[NodePlan]:
+        """The nodes that become sparse operators, packed sparse or dense."""
+        return [node for node in self.nodes if node.action is not Action.LEFT_ALONE]
+
+    @property
+    def left_alone(self) -> list[NodePlan]:
+        """The nodes that stay as they are."""
+        return [node for node in self.nodes if node.action is Action.LEFT_ALONE]
+
+    @property
+    def reasons(self) -> dict[Reason, int]:
+        """How many nodes have each reason, in the order of the list of reasons; absent reasons are left out."""
+        counts = Counter(node.reason for node in self.nodes)
+        return {reason: counts[reason] for reason in Reason if counts[reason]}
+
+    @property
+    def bytes_before(self) -> int:
+        """Size of the weights of the converted nodes in the input model, a shared one counted once."""
+        return sum({node.weight: node.bytes_before or 0 for node in self.converted}.values())
+
+    @property
+    def bytes_after(self) -> int | None:
+        """Size of the packed weights, a shared one counted once; None while one is unknown."""
+        sizes = {node.packed: node.bytes_after for node in self.converted}
+        known = [size for size in sizes.values() if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    def to_json(self) -> dict[str, object]:
+        """The whole plan as JSON values (for ``json.dumps``)."""
+        return {
+            "options": dict(self.options),
+            "summary": {
+                "nodes": len(self.nodes),
+                "converted": len(self.converted),
+                "left_alone": len(self.left_alone),
+                "reasons": {reason.value: count for reason, count in self.reasons.items()},
+                "bytes_before": self.bytes_before,
+                "bytes_after": self.bytes_after,
+            },
+            "nodes": [node.to_json() for node in self.nodes],
+        }

@@ -1,0 +1,289 @@
+"""Packs weight matrices through the shared library, and inspects, unpacks and multiplies packed ones."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import StrEnum
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from sparamx_onnx.ops import library
+from sparamx_onnx.ops.definitions import Epilogue
+from sparamx_onnx.ops.errors import SparamxError
+
+Blob = npt.NDArray[np.uint8]
+
+
+class WeightType(StrEnum):
+    """The type in which weights are stored; the library says which of them it can pack."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class Form(StrEnum):
+    """How a matrix is stored. ``AUTO`` takes the smaller of the two."""
+
+    AUTO = "auto"
+    SPARSE = "sparse"
+    DENSE = "dense"
+
+
+class ScaleType(StrEnum):
+    """The type of the scales of quantized weights. ``NONE`` takes the weight type's own default."""
+
+    NONE = "none"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+# The numbers of the C interface are the positions in these lists.
+_WEIGHT_TYPES = [WeightType.FP32, WeightType.BF16, WeightType.INT8, WeightType.INT4]
+_FORMS = [Form.AUTO, Form.SPARSE, Form.DENSE]
+_SCALE_TYPES = [ScaleType.NONE, ScaleType.FP16, ScaleType.FP32]
+_EPILOGUES = [Epilogue.NONE, Epilogue.RELU, Epilogue.GELU, Epilogue.GELU_TANH, Epilogue.SILU]
+_SOURCE_DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+_PATH_BYTES = 256
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to pack a matrix.
+
+    Attributes:
+        weight_type: Type of the stored weights.
+        form: Sparse, dense, or the smaller of the two.
+        scale_type: Type of the scales of quantized weights.
+        group_size: Weights along K that share a scale (int4 only), otherwise 0.
+        threads: Threads to pack with; 0 takes one per core. The result does not depend on it.
+    """
+
+    weight_type: WeightType = WeightType.BF16
+    form: Form = Form.AUTO
+    scale_type: ScaleType = ScaleType.NONE
+    group_size: int = 0
+    threads: int = 0
+
+    def _as_struct(self) -> library.PackOptionsStruct:
+        return library.PackOptionsStruct(
+            _WEIGHT_TYPES.index(self.weight_type),
+            _FORMS.index(self.form),
+            _SCALE_TYPES.index(self.scale_type),
+            self.group_size,
+            self.threads,
+        )
+
+
+@dataclass(frozen=True)
+class PackedInfo:
+    """What a blob says of itself."""
+
+    k: int
+    n: int
+    nnz: int
+    blob_bytes: int
+    format_version: int
+    weight_type: WeightType
+    form: Form
+    scale_type: ScaleType
+    group_size: int
+    run_k: int
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros among the K * N weights; 0 for an empty matrix."""
+        size = self.k * self.n
+        return 1.0 - self.nnz / size if size else 0.0
+
+
+def _matrix(w: npt.NDArray[np.generic]) -> tuple[library.Matrix, npt.NDArray[np.generic]]:
+    """The C view of a matrix, and the array that owns what it points to."""
+    if w.ndim != 2:
+        raise SparamxError(f"A weight to pack must have two dimensions [K, N], not the shape {list(w.shape)}.")
+    dtype = w.dtype.newbyteorder("=")
+    if dtype not in _SOURCE_DTYPES:
+        raise SparamxError(f"A weight to pack must be float32, float16 or bfloat16, not {w.dtype}.")
+    size = w.dtype.itemsize
+    if not w.dtype.isnative or any(stride % size for stride in w.strides) or not w.flags.aligned:
+        w = np.ascontiguousarray(w, dtype=dtype)
+    k, n = w.shape
+    matrix = library.Matrix(
+        w.ctypes.data, k, n, w.strides[0] // size, w.strides[1] // size, _SOURCE_DTYPES.index(dtype)
+    )
+    return matrix, w
+
+
+def packed_size(w: npt.NDArray[np.generic], options: PackOptions) -> int:
+    """The exact size in bytes of the blob that ``pack`` makes; reads the whole matrix.
+
+    Args:
+        w: The weight [K, N], float32, float16 or bfloat16, with any strides (a transposed view is not copied).
+        options: How to pack it.
+
+    Raises:
+        SparamxError: The matrix or the options cannot be packed.
+    """
+    matrix, owner = _matrix(w)
+    size = ctypes.c_uint64()
+    struct = options._as_struct()
+    library.call("sparamx_packed_size", ctypes.byref(matrix), ctypes.byref(struct), ctypes.byref(size))
+    del owner
+    return size.value
+
+
+def pack_into(w: npt.NDArray[np.generic], options: PackOptions, out: Blob) -> None:
+    """Packs a matrix into a buffer.
+
+    Args:
+        w: The weight [K, N], float32, float16 or bfloat16, with any strides.
+        options: How to pack it.
+        out: Contiguous and writable uint8 [packed_size(w, options)].
+
+    Raises:
+        SparamxError: The matrix, the options or the buffer cannot be used.
+    """
+    if out.dtype != np.uint8 or out.ndim != 1 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise SparamxError("The buffer to pack into must be a writable, contiguous uint8 vector.")
+    matrix, owner = _matrix(w)
+    struct = options._as_struct()
+    library.call("sparamx_pack", ctypes.byref(matrix), ctypes.byref(struct), out.ctypes.data, out.size)
+    del owner
+
+
+def pack(w: npt.NDArray[np.generic], options: PackOptions) -> Blob:
+    """Packs a matrix. The same matrix and options give the same bytes.
+
+    Args:
+        w: The weight [K, N], float32, float16 or bfloat16, with any strides.
+        options: How to pack it.
+
+    Returns:
+        The blob, uint8 [packed_size(w, options)].
+
+    Raises:
+        SparamxError: The matrix or the options cannot be packed.
+    """
+    out = np.empty(packed_size(w, options), np.uint8)
+    pack_into(w, options, out)
+    return out
+
+
+def _blob(blob: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> Blob:
+    array = blob if isinstance(blob, np.ndarray) else np.frombuffer(blob, np.uint8)
+    if array.dtype != np.uint8 or array.ndim != 1:
+        raise SparamxError(f"A packed weight is a uint8 vector, not {array.dtype} with the shape {list(array.shape)}.")
+    return np.ascontiguousarray(array)
+
+
+def validate(blob: bytes | npt.NDArray[np.uint8]) -> None:
+    """Checks everything that the kernels rely on.
+
+    Raises:
+        SparamxError: The blob is damaged or of a newer format; says what is wrong.
+    """
+    array = _blob(blob)
+    library.call("sparamx_validate", array.ctypes.data, array.size)
+
+
+def describe(blob: bytes | npt.NDArray[np.uint8]) -> PackedInfo:
+    """What a blob says of itself, after checking it.
+
+    Raises:
+        SparamxError: The blob is damaged or of a newer format.
+    """
+    array = _blob(blob)
+    description = library.Description()
+    library.call("sparamx_describe", array.ctypes.data, array.size, ctypes.byref(description))
+    return PackedInfo(
+        k=description.k,
+        n=description.n,
+        nnz=description.nnz,
+        blob_bytes=description.blob_bytes,
+        format_version=description.format_version,
+        weight_type=_WEIGHT_TYPES[description.weight_type],
+        form=_FORMS[description.form],
+        scale_type=_SCALE_TYPES[description.scale_type],
+        group_size=description.group_size,
+        run_k=description.run_k,
+    )
+
+
+def unpack(blob: bytes | npt.NDArray[np.uint8], threads: int = 0) -> npt.NDArray[np.float32]:
+    """The dense matrix of a blob.
+
+    Args:
+        blob: The packed weight.
+        threads: Threads to unpack with; 0 takes one per core.
+
+    Returns:
+        The weight [K, N], float32, row-major.
+
+    Raises:
+        SparamxError: The blob is damaged or of a newer format.
+    """
+    array = _blob(blob)
+    info = describe(array)
+    dense = np.empty((info.k, info.n), np.float32)
+    library.call("sparamx_unpack", array.ctypes.data, array.size, dense.ctypes.data, threads)
+    return dense
+
+
+def matmul(
+    blob: bytes | npt.NDArray[np.uint8],
+    x: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32] | None = None,
+    epilogue: str = "none",
+    isa: str | None = None,
+    threads: int = 1,
+) -> tuple[npt.NDArray[np.float32], str]:
+    """Runs a kernel without ONNX Runtime, for tests and measurements.
+
+    Args:
+        blob: The packed weight [K, N].
+        x: The activations [..., K]; converted to float32.
+        bias: The bias [N], or None.
+        epilogue: none, relu, gelu, gelu_tanh or silu.
+        isa: The instruction-set level to run, by the names of ``SPARAMX_ISA``; None chooses by CPU and shape.
+        threads: Threads to start for this call; 1 starts none.
+
+    Returns:
+        The result [..., N], float32, and the name of the kernel that ran.
+
+    Raises:
+        SparamxError: Damaged blob, shapes that do not fit, or a level that this CPU lacks.
+    """
+    array = _blob(blob)
+    info = describe(array)
+    x = np.ascontiguousarray(x, np.float32)
+    if x.ndim == 0 or x.shape[-1] != info.k:
+        raise SparamxError(f"The activations have the shape {list(x.shape)}, but the weight has K = {info.k}.")
+    if bias is not None:
+        bias = np.ascontiguousarray(bias, np.float32)
+        if bias.shape != (info.n,):
+            raise SparamxError(f"The bias has the shape {list(bias.shape)}, but the weight has N = {info.n}.")
+    if epilogue not in _EPILOGUES:
+        raise SparamxError(f"There is no epilogue {epilogue!r}; there are {', '.join(_EPILOGUES)}.")
+    m = int(np.prod(x.shape[:-1], dtype=np.int64))
+    y = np.empty((*x.shape[:-1], info.n), np.float32)
+    path = ctypes.create_string_buffer(_PATH_BYTES)
+    library.call(
+        "sparamx_matmul",
+        array.ctypes.data,
+        array.size,
+        x.ctypes.data,
+        m,
+        None if bias is None else bias.ctypes.data,
+        _EPILOGUES.index(Epilogue(epilogue)),
+        None if isa is None else isa.encode(),
+        threads,
+        y.ctypes.data,
+        path,
+        _PATH_BYTES,
+    )
+    return y, path.value.decode()
