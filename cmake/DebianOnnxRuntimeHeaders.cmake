@@ -4,12 +4,13 @@
 # The mirror is the one that this machine's apt sources name for its own Debian release, so that proxies, local mirrors
 # and offline copies keep working.
 
-# Appends to OUT every URI of an apt source that serves `main` of Debian's release RELEASE.
-function(_debian_mirrors RELEASE OUT)
+# Sets OUT to the URIs of the apt sources below APT_DIR that serve `main` of Debian's release RELEASE or of a release that
+# Debian names by its state. Such a mirror has trixie too.
+function(sparamx_debian_mirrors APT_DIR RELEASE OUT)
   set(_uris "")
   set(_suites "^(${RELEASE}|trixie|stable|oldstable|testing|unstable|sid)$")
 
-  file(GLOB _lists /etc/apt/sources.list /etc/apt/sources.list.d/*.list)
+  file(GLOB _lists ${APT_DIR}/sources.list ${APT_DIR}/sources.list.d/*.list)
   foreach(_file IN LISTS _lists)
     # Brackets and semicolons would upset CMake's lists.
     file(READ "${_file}" _text)
@@ -28,7 +29,7 @@ function(_debian_mirrors RELEASE OUT)
     endforeach()
   endforeach()
 
-  file(GLOB _lists /etc/apt/sources.list.d/*.sources)
+  file(GLOB _lists ${APT_DIR}/sources.list.d/*.sources)
   foreach(_file IN LISTS _lists)
     file(READ "${_file}" _text)
     string(REGEX REPLACE "[][;]" " " _text "${_text}")
@@ -89,7 +90,7 @@ function(sparamx_debian_onnxruntime_headers DESTINATION ROOT_OUT REASON_OUT)
       set(_release "${CMAKE_MATCH_1}")
     endif()
   endif()
-  _debian_mirrors("${_release}" _mirrors)
+  sparamx_debian_mirrors(/etc/apt "${_release}" _mirrors)
   if(NOT _mirrors)
     set(${REASON_OUT} "the apt sources of this machine name no Debian mirror" PARENT_SCOPE)
     return()

@@ -17,11 +17,13 @@ set(SPARAMX_ORT_ARCHIVE_URL
     CACHE STRING "The release archive that holds the ONNX Runtime headers")
 set(SPARAMX_ORT_ARCHIVE_SHA256 "7485c7e7aac6501b27e353dcbe068e45c61ab51fbaf598d13970dfae669d20bf"
     CACHE STRING "SHA-256 of SPARAMX_ORT_ARCHIVE_URL")
-mark_as_advanced(SPARAMX_ORT_ARCHIVE_URL SPARAMX_ORT_ARCHIVE_SHA256)
+set(SPARAMX_ORT_DOWNLOAD_DIR "${CMAKE_BINARY_DIR}/onnxruntime-headers"
+    CACHE PATH "Where downloaded headers are kept; build folders may share one")
+mark_as_advanced(SPARAMX_ORT_ARCHIVE_URL SPARAMX_ORT_ARCHIVE_SHA256 SPARAMX_ORT_DOWNLOAD_DIR)
 
 # The plugin is written against this version of the API; ONNX Runtime keeps older versions working.
 set(_ort_minimum_api 21)
-set(_ort_download_dir "${CMAKE_BINARY_DIR}/onnxruntime-headers")
+set(_ort_download_dir "${SPARAMX_ORT_DOWNLOAD_DIR}")
 
 # Sets OUT to the folder with both headers: BASE itself or where a source tree, a release or Debian keeps them below it.
 function(_ort_locate BASE OUT)
@@ -66,6 +68,7 @@ macro(_ort_try_installed)
     PATH_SUFFIXES onnxruntime onnxruntime/core/session
     NO_CACHE)
   if(_ort_installed_dir)
+    string(REGEX REPLACE "/+$" "" _ort_installed_dir "${_ort_installed_dir}")
     _ort_locate("${_ort_installed_dir}" dir)
   endif()
   if(NOT dir)
@@ -137,8 +140,10 @@ foreach(_way IN LISTS _ort_ways)
       set(OnnxRuntimeHeaders_WAY "${_way}")
       break()
     endif()
-    set(reason "${dir} has the API version ${_api}; at least ${_ort_minimum_api} (ONNX Runtime 1.21) is needed")
+    set(reason "${dir} has the API version ${_api}, which is below ${_ort_minimum_api} (ONNX Runtime 1.21)")
   endif()
+  # find_package_handle_standard_args takes a semicolon in its message for the start of another argument.
+  string(REPLACE ";" "," reason "${reason}")
   string(APPEND _ort_reasons "\n  ${_way}: ${reason}")
   if(_ort_stop)
     break()

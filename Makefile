@@ -1,0 +1,140 @@
+# What a developer runs: `make test`, `make demo`, `make bench`. Everything made lies in build/, .venv/ and .venv-oldest/.
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+# The promise of the wheel's tag. A test compares it with what the library needs; building on an older distribution
+# allows an older one.
+MANYLINUX := 2_34
+
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+HEADERS := $(CURDIR)/build/onnxruntime-headers
+
+PYTHON_SOURCES := $(shell find src ops graph_passes models -type f -name '*.py' -o -name py.typed)
+CPP_SOURCES := $(shell find cpp cmake -type f) CMakeLists.txt pyproject.toml README.md LICENSE
+CPP_TESTS := $(shell find tests/cpp -type f)
+FORMATTED := $(shell find cpp tests/cpp examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
+
+.DELETE_ON_ERROR:
+.PHONY: build demo test test-all test-cpp test-sanitizers test-threads test-python lint format bench wheel clean distclean
+
+build: $(VENV)/.installed
+
+demo: build
+	$(BIN)/python -m sparamx_onnx.models.demo
+
+test: lint test-cpp test-sanitizers test-python
+
+test-all: export SPARAMX_TEST_FULL = 1
+test-all: lint test-cpp test-sanitizers test-threads test-python
+
+bench: build
+	$(BIN)/python benchmarks/matmul.py
+
+wheel: build/wheel/.built
+
+# --- What the machine must have -----------------------------------------------------------------------------------------
+
+# TOOL=PACKAGE: a command or a file, and the Debian package that brings it.
+TOOLS := cmake=cmake ninja=ninja-build g++=g++ qemu-x86_64-static=qemu-user-static \
+         /usr/include/gtest/gtest.h=libgtest-dev
+
+build/.tools: Makefile
+	@mkdir -p build
+	@missing=""; \
+	for pair in $(TOOLS); do \
+	  tool=$${pair%%=*}; \
+	  if ! command -v "$$tool" >/dev/null 2>&1 && [ ! -f "$$tool" ]; then missing="$$missing $${pair#*=}"; fi; \
+	done; \
+	if ! $(PYTHON) -c 'import ensurepip' >/dev/null 2>&1; then missing="$$missing python3-venv"; fi; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    apt-get update -q && apt-get install -q -y --no-install-recommends $$missing; \
+	  else \
+	    echo "Some tools are missing. On Debian this installs them: sudo apt-get install$$missing" >&2; exit 1; \
+	  fi; \
+	fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@touch $@
+
+# --- Python: one environment with the newest of everything, one with the oldest that is supported -----------------------
+
+$(VENV)/.ready: tests/requirements.txt build/.tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+$(OLDEST)/.ready: tests/requirements-oldest.txt build/.tools
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -r tests/requirements-oldest.txt
+	@touch $@
+
+# Tests run what a user would install: the wheel, never the sources in the checkout.
+build/wheel/.built: $(VENV)/.ready $(PYTHON_SOURCES) $(CPP_SOURCES)
+	rm -rf build/wheel
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  -C build-dir=build/python -C cmake.define.SPARAMX_WERROR=ON -C cmake.define.SPARAMX_ORT_DOWNLOAD_DIR=$(HEADERS) \
+	  -w build/wheel .
+	$(BIN)/wheel tags --remove --platform-tag manylinux_$(MANYLINUX)_x86_64 build/wheel/*.whl
+	@touch $@
+
+$(VENV)/.installed: build/wheel/.built
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	@touch $@
+
+$(OLDEST)/.installed: build/wheel/.built $(OLDEST)/.ready
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	@touch $@
+
+test-python: $(VENV)/.installed $(OLDEST)/.installed
+	SPARAMX_OLDEST_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest
+
+# --- C++ ------------------------------------------------------------------------------------------------------------------
+
+build/release/build.ninja: CMakeLists.txt tests/cpp/CMakeLists.txt build/.tools
+	cmake -G Ninja -S . -B build/release -DSPARAMX_BUILD_TESTS=ON -DSPARAMX_ORT_DOWNLOAD_DIR=$(HEADERS) \
+	  -DSPARAMX_MAX_GLIBC=$(subst _,.,$(MANYLINUX))
+
+build/asan/build.ninja: CMakeLists.txt tests/cpp/CMakeLists.txt build/.tools
+	cmake -G Ninja -S . -B build/asan -DSPARAMX_BUILD_TESTS=ON -DSPARAMX_BUILD_PLUGIN=OFF -DCMAKE_BUILD_TYPE=Debug \
+	  -DCMAKE_CXX_FLAGS=-O1 -DSPARAMX_SANITIZE=address,undefined
+
+build/tsan/build.ninja: CMakeLists.txt tests/cpp/CMakeLists.txt build/.tools
+	cmake -G Ninja -S . -B build/tsan -DSPARAMX_BUILD_TESTS=ON -DSPARAMX_BUILD_PLUGIN=OFF -DCMAKE_BUILD_TYPE=Debug \
+	  -DCMAKE_CXX_FLAGS=-O1 -DSPARAMX_SANITIZE=thread
+
+test-cpp: build/release/build.ninja
+	cmake --build build/release --parallel $(JOBS)
+	ctest --test-dir build/release --output-on-failure --parallel $(JOBS)
+
+test-sanitizers: build/asan/build.ninja
+	cmake --build build/asan --parallel $(JOBS)
+	ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ctest --test-dir build/asan --output-on-failure --parallel $(JOBS)
+
+test-threads: build/tsan/build.ninja
+	cmake --build build/tsan --parallel $(JOBS)
+	TSAN_OPTIONS=halt_on_error=1 ctest --test-dir build/tsan --output-on-failure
+
+# --- Style and types ------------------------------------------------------------------------------------------------------
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/mypy -p sparamx_onnx
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.installed $(OLDEST)/.installed
+
+distclean: clean
+	rm -rf $(VENV) $(OLDEST)
