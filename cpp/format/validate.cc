@@ -1,0 +1,167 @@
+// The checker: after Parse succeeds, no kernel can read outside the blob. It reads the header, the section table, the
+// offsets and the bitmaps, never the values.
+#include <cstdio>
+#include <cstring>
+
+#include "format/packed_format.h"
+
+namespace sparamx {
+namespace internal {
+
+void SetGeometry(PackedView* view) {
+  view->strips = CeilDiv(view->n, kStripColumns);
+  view->tiles = CeilDiv(view->k, TileK(view->type));
+  view->runs = CeilDiv(view->tiles, TilesPerRun(view->type));
+}
+
+SectionSizes SizesOf(WeightType type, Form form, ScaleType scale_type, uint32_t group_size, uint64_t k, uint64_t n,
+                     uint64_t values) {
+  PackedView v = {};
+  v.type = type;
+  v.k = k;
+  v.n = n;
+  SetGeometry(&v);
+  SectionSizes sizes;
+  if (form == Form::kSparse) {
+    sizes.bytes[kOffsets] = 8 * (static_cast<uint64_t>(v.strips) * v.runs + 1);
+    sizes.bytes[kBitmap] = static_cast<uint64_t>(v.strips) * v.tiles * MaskBytesPerTile(type);
+    sizes.bytes[kValues] = ValueBytes(type, values);
+  } else {
+    sizes.bytes[kValues] = ValueBytes(type, static_cast<uint64_t>(v.strips) * v.tiles * TileWeights(type));
+  }
+  if (scale_type != ScaleType::kNone) {
+    const uint64_t groups = group_size ? CeilDiv(k, group_size) : 1;
+    const uint64_t columns = static_cast<uint64_t>(v.strips) * kStripColumns;
+    sizes.bytes[kScales] = groups * columns * (scale_type == ScaleType::kFp16 ? 2 : 4);
+    sizes.bytes[kColumnSums] = groups * columns * 4;
+  }
+  return sizes;
+}
+
+namespace {
+
+std::string Hex(uint64_t v) {
+  char buffer[24];
+  std::snprintf(buffer, sizeof buffer, "0x%llx", static_cast<unsigned long long>(v));
+  return buffer;
+}
+
+Status CheckHeader(const Header& h, uint64_t blob_size) {
+  if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return Status::Damaged("it does not begin with SPARAMXW");
+  if (h.version == 0) return Status::Damaged("its format version is 0");
+  if (h.version > kFormatVersion)
+    return Status::Unsupported("its format version " + std::to_string(h.version) + " is newer than the newest that this library reads (" +
+                               std::to_string(kFormatVersion) + "): update sparamx-onnx");
+  if (h.flags != 0) return Status::Unsupported("it sets flags that this library does not know (" + Hex(h.flags) + "): update sparamx-onnx");
+  if (h.header_bytes != sizeof(Header)) return Status::Damaged("its header size is not 128");
+  if (h.blob_bytes != blob_size)
+    return Status::Damaged("it says it has " + std::to_string(h.blob_bytes) + " bytes, but there are " + std::to_string(blob_size));
+  if (h.k > kMaxDimension || h.n > kMaxDimension) return Status::Damaged("its K or N is larger than 2^31 - 1");
+  if (h.weight_type > static_cast<uint8_t>(WeightType::kBf16))
+    return Status::Unsupported("its weight type " + std::to_string(h.weight_type) + " is unknown to this library");
+  const auto type = static_cast<WeightType>(h.weight_type);
+  if (h.code_bits != CodeBits(type)) return Status::Damaged("its code bits do not fit its weight type");
+  if (h.scale_type != 0 || h.group_size != 0) return Status::Damaged("it has scales, which its weight type does not use");
+  if (h.form != static_cast<uint8_t>(Form::kSparse) && h.form != static_cast<uint8_t>(Form::kDense))
+    return Status::Damaged("its form is neither sparse nor dense");
+  if (h.order != 0) return Status::Unsupported("its order of weights is unknown to this library");
+  if (h.run_k != kRunK) return Status::Unsupported("its run length is unknown to this library");
+  if (h.matrix_count != 1) return Status::Unsupported("it holds several matrices, which this library cannot read");
+  for (uint8_t b : h.reserved0)
+    if (b != 0) return Status::Damaged("its reserved bytes are not 0");
+  for (uint8_t b : h.reserved1)
+    if (b != 0) return Status::Damaged("its reserved bytes are not 0");
+  return {};
+}
+
+// Demands exactly the sections that the header implies, in order, inside the blob, and returns where they are.
+Status ReadSections(const uint8_t* blob, uint64_t blob_size, const Header& h, const SectionSizes& expected,
+                    uint64_t (&offset)[kSectionKinds + 1]) {
+  uint64_t end = sizeof(Header) + static_cast<uint64_t>(h.section_count) * sizeof(Section);
+  if (h.section_count > kSectionKinds || end > blob_size) return Status::Damaged("its section table does not fit");
+  uint32_t entry = 0;
+  for (uint32_t id = 1; id <= kSectionKinds; ++id) {
+    if (expected.bytes[id] == 0 && id != kValues) continue;
+    const std::string name = "section " + std::to_string(id);
+    if (entry == h.section_count) return Status::Damaged(name + " is missing");
+    Section s;
+    std::memcpy(&s, blob + sizeof(Header) + entry++ * sizeof s, sizeof s);
+    if (s.id != id || s.reserved != 0) return Status::Damaged("its section table has no proper entry for " + name);
+    if (s.offset % kSectionAlignment != 0 || s.offset < end || s.offset > blob_size || s.size > blob_size - s.offset)
+      return Status::Damaged(name + " lies outside the blob or over another section");
+    if (s.size != expected.bytes[id])
+      return Status::Damaged(name + " has " + std::to_string(s.size) + " bytes where K, N and the values need " +
+                             std::to_string(expected.bytes[id]));
+    offset[id] = s.offset;
+    end = s.offset + s.size;
+    if (id == kValues) end += kOverread;
+  }
+  if (entry != h.section_count) return Status::Damaged("it has sections that its form does not use");
+  if (end > blob_size) return Status::Damaged("it ends less than 64 bytes after its values");
+  return {};
+}
+
+uint64_t CountBits(const uint8_t* p, size_t bytes) {
+  uint64_t count = 0;
+  for (size_t i = 0; i < bytes; i += 8) count += static_cast<uint64_t>(__builtin_popcountll(LoadU64(p + i)));
+  return count;
+}
+
+// Every run must hold as many values as its masks have bits: then values stay inside their section.
+Status CheckRuns(const PackedView& w, uint64_t total) {
+  const size_t tile_bytes = MaskBytesPerTile(w.type);
+  uint64_t before = 0;
+  for (size_t strip = 0; strip < w.strips; ++strip) {
+    for (size_t run = 0; run < w.runs; ++run) {
+      if (ValuesBefore(w, strip, run) != before)
+        return Status::Damaged("the offset of run " + std::to_string(run) + " of strip " + std::to_string(strip) + " does not fit its bitmap");
+      const size_t first = run * TilesPerRun(w.type);
+      const size_t tiles = w.tiles - first < TilesPerRun(w.type) ? w.tiles - first : TilesPerRun(w.type);
+      before += CountBits(w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles * tile_bytes);
+    }
+  }
+  if (ValuesBefore(w, w.strips, 0) != before || before != total) return Status::Damaged("its bitmap and its count of values disagree");
+  return {};
+}
+
+}  // namespace
+}  // namespace internal
+
+Status Parse(const uint8_t* blob, uint64_t blob_size, PackedView* view) {
+  using namespace internal;
+  Header h;
+  if (blob_size < sizeof h) return Status::Damaged("it is shorter than a header");
+  std::memcpy(&h, blob, sizeof h);
+  Status status = CheckHeader(h, blob_size);
+  if (!status.ok()) return status;
+
+  PackedView v = {};
+  v.type = static_cast<WeightType>(h.weight_type);
+  v.form = static_cast<Form>(h.form);
+  v.scale_type = static_cast<ScaleType>(h.scale_type);
+  v.group_size = h.group_size;
+  v.k = h.k;
+  v.n = h.n;
+  v.nnz = h.nnz;
+  SetGeometry(&v);
+  // Every padded weight costs at least a bit, so larger sizes cannot be in this blob; past here no product overflows.
+  if (v.strips != 0 && v.tiles > blob_size / v.strips) return Status::Damaged("its K and N need more bytes than it has");
+  if (h.nnz > h.k * h.n) return Status::Damaged("it counts more non-zeros than weights");
+
+  uint64_t offset[kSectionKinds + 1] = {};
+  status = ReadSections(blob, blob_size, h, SizesOf(v.type, v.form, v.scale_type, v.group_size, v.k, v.n, h.nnz), offset);
+  if (!status.ok()) return status;
+  v.offsets = blob + offset[kOffsets];
+  v.bitmap = blob + offset[kBitmap];
+  v.values = blob + offset[kValues];
+  v.scales = blob + offset[kScales];
+  v.column_sums = blob + offset[kColumnSums];
+  if (v.form == Form::kSparse) {
+    status = CheckRuns(v, h.nnz);
+    if (!status.ok()) return status;
+  }
+  *view = v;
+  return {};
+}
+
+}  // namespace sparamx

@@ -1,0 +1,95 @@
+// AVX-512 F, BW, DQ, VL without VBMI2 (Skylake, Cascade Lake, Cooper Lake): only vpexpandd exists, so bf16 is widened first.
+//
+// Expanding a row of 16 fp32 weights: kmovw (port 5), vpexpandd (2 x port 5), popcnt. A row of 32 bf16 weights: twice
+// vpmovzxwd (port 5) + kmovw + vpexpandd, two shifts, then two vpermt2ps (port 5) from the pair order to one row per k.
+// Registers at M > 16: 12 x 2 sums, 2 weight rows, broadcasts from memory. At M <= 16: one sum per row (4 at M = 1).
+#include "kernels/avx512_vec.h"
+#include "kernels/pack_rows.h"
+#include "kernels/strip_loop.h"
+
+namespace sparamx {
+namespace {
+
+struct Avx512Fp32 : Avx512Base {
+  static constexpr int kSteps = 16;
+  static constexpr size_t kPanelTileBytes = 16 * 64;
+  static constexpr size_t kPanelTiles = 16;
+
+  template <bool Sparse>
+  static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
+    const uint8_t* values = cursor->values;
+    if (!Sparse) {
+#pragma GCC unroll 16
+      for (int row = 0; row < 16; ++row) {
+        _mm512_store_si512(out + row * 64, _mm512_loadu_si512(values + row * 64));
+        Prefetch(values + row * 64 + kPrefetchBytes);
+      }
+      cursor->values = values + 16 * 64;
+      return out;
+    }
+    Prefetch(cursor->masks + kPrefetchBytes / 8);
+#pragma GCC unroll 16
+    for (int row = 0; row < 16; ++row) {
+      const uint32_t mask = LoadU16(cursor->masks + 2 * row);
+      const __m512i packed = _mm512_loadu_si512(values);
+      _mm512_store_si512(out + row * 64, _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), packed));
+      Prefetch(values + kPrefetchBytes);
+      values += 4 * static_cast<size_t>(__builtin_popcount(mask));
+    }
+    cursor->masks += 32;
+    cursor->values = values;
+    return out;
+  }
+};
+
+struct Avx512Bf16 : Avx512Base {
+  static constexpr int kSteps = 32;
+  static constexpr size_t kPanelTileBytes = 32 * 64;
+  static constexpr size_t kPanelTiles = 8;
+
+  // 16 bf16 of one half row as fp32, in the order (column, part).
+  template <bool Sparse>
+  static SPARAMX_INLINE __m512 Half(const uint8_t* values, uint32_t mask) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    const __m512i expanded = Sparse ? _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), words) : words;
+    return _mm512_castsi512_ps(_mm512_slli_epi32(expanded, 16));
+  }
+
+  template <bool Sparse>
+  static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const uint8_t* values = cursor->values;
+    if (Sparse) Prefetch(cursor->masks + kPrefetchBytes / 8);
+#pragma GCC unroll 16
+    for (int row = 0; row < 16; ++row) {
+      const uint32_t mask = Sparse ? LoadU32(cursor->masks + 4 * row) : 0xffffffffu;
+      const __m512 low = Half<Sparse>(values, mask & 0xffff);
+      const size_t low_count = Sparse ? static_cast<size_t>(__builtin_popcount(mask & 0xffff)) : 16;
+      const __m512 high = Half<Sparse>(values + 2 * low_count, mask >> 16);
+      _mm512_store_ps(out + row * 128, _mm512_permutex2var_ps(low, even, high));
+      _mm512_store_ps(out + row * 128 + 64, _mm512_permutex2var_ps(low, odd, high));
+      Prefetch(values + kPrefetchBytes);
+      values += Sparse ? 2 * static_cast<size_t>(__builtin_popcount(mask)) : 64;
+    }
+    if (Sparse) cursor->masks += 64;
+    cursor->values = values;
+    return out;
+  }
+};
+
+}  // namespace
+
+const Level kAvx512Level = {
+    "avx512",
+    kAvx2 | kAvx512,
+    {
+        {{"avx512", 4, PackRowsFp32, MultiplyStrips<Avx512Fp32>}, {}},
+        {{"avx512", 4, PackRowsFp32, MultiplyStrips<Avx512Bf16>}, {"avx512", 4, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
+        {},
+        {},
+    },
+    FinishRows,
+};
+
+}  // namespace sparamx

@@ -1,0 +1,59 @@
+// AVX-512 with VBMI2 but without BF16 (Ice Lake, Tiger Lake, Rocket Lake): bf16 weights are expanded as words and become
+// two fp32 rows by a shift and a mask.
+//
+// A row of 32 bf16 weights: kmovd (port 5), vpexpandw (2 x port 5), a shift, an and, popcnt; then two FMAs per row of X.
+// fp32 weights have nothing to gain from VBMI2: the table entry is avx512's.
+#include "kernels/avx512_vec.h"
+#include "kernels/pack_rows.h"
+#include "kernels/strip_loop.h"
+
+namespace sparamx {
+namespace {
+
+struct Vbmi2Bf16 : Avx512Base {
+  static constexpr int kSteps = 32;
+  static constexpr size_t kPanelTileBytes = 32 * 64;
+  static constexpr size_t kPanelTiles = 8;
+
+  template <bool Sparse>
+  static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const uint8_t* values = cursor->values;
+    if (Sparse) Prefetch(cursor->masks + kPrefetchBytes / 8);
+#pragma GCC unroll 16
+    for (int row = 0; row < 16; ++row) {
+      __m512i pairs = _mm512_loadu_si512(values);
+      if (Sparse) {
+        const uint32_t mask = LoadU32(cursor->masks + 4 * row);
+        pairs = _mm512_maskz_expand_epi16(static_cast<__mmask32>(mask), pairs);
+        Prefetch(values + kPrefetchBytes);
+        values += 2 * static_cast<size_t>(__builtin_popcount(mask));
+      } else {
+        Prefetch(values + kPrefetchBytes);
+        values += 64;
+      }
+      _mm512_store_si512(out + row * 128, _mm512_slli_epi32(pairs, 16));
+      _mm512_store_si512(out + row * 128 + 64, _mm512_and_si512(pairs, upper));
+    }
+    if (Sparse) cursor->masks += 64;
+    cursor->values = values;
+    return out;
+  }
+};
+
+}  // namespace
+
+const Level kAvx512Vbmi2Level = {
+    "avx512_vbmi2",
+    kAvx2 | kAvx512 | kAvx512Vbmi2,
+    {
+        {},
+        {{"avx512_vbmi2", 4, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>},
+         {"avx512_vbmi2", 4, PackRowsRounded, MultiplyStrips<Vbmi2Bf16>}},
+        {},
+        {},
+    },
+    FinishRows,
+};
+
+}  // namespace sparamx

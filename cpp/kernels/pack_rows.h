@@ -1,0 +1,39 @@
+// Packing of activations, one text for every level: a copy in fp32 (rounded to bf16 where the products want that) or bf16
+// itself, padded with zeros to whole tiles. The compiler vectorises these loops for each level's flags.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace sparamx {
+namespace {
+
+inline uint32_t RoundedToBf16(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const uint32_t finite = magnitude > 0x7f800000u ? bits | 0x400000u : rounded;
+  return magnitude < 0x00800000u ? 0u : finite & 0xffff0000u;
+}
+
+void PackRowsFp32(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+  for (size_t m = 0; m < rows; ++m) {
+    uint8_t* row = static_cast<uint8_t*>(out) + m * out_row_bytes;
+    __builtin_memcpy(row, x + m * k, k * sizeof(float));
+    __builtin_memset(row + k * sizeof(float), 0, (padded_k - k) * sizeof(float));
+  }
+}
+
+void PackRowsRounded(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+  for (size_t m = 0; m < rows; ++m) {
+    uint32_t* row = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(out) + m * out_row_bytes);
+    for (size_t i = 0; i < k; ++i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, x + m * k + i, sizeof bits);
+      row[i] = RoundedToBf16(bits);
+    }
+    for (size_t i = k; i < padded_k; ++i) row[i] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace sparamx

@@ -1,0 +1,167 @@
+#include "runtime/cpu.h"
+
+#include <cpuid.h>
+
+#include <cstdlib>
+#include <cstring>
+
+namespace sparamx {
+namespace {
+
+struct Registers {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers Cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r;
+  if (__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d) == 0) return {};
+  return r;
+}
+
+bool Bit(unsigned word, int bit) { return (word >> bit & 1u) != 0; }
+
+// The register states that the operating system saves. XGETBV exists only where OSXSAVE is set.
+uint64_t SavedStates() {
+  if (!Bit(Cpuid(1, 0).c, 27)) return 0;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+// Intel SDM volume 2A, CPUID; the bits of XCR0 are in volume 1, chapter 13.
+uint64_t Detect() {
+  const uint64_t xcr0 = SavedStates();
+  const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6, tiles = (xcr0 & 0x60000) == 0x60000;
+  const Registers l1 = Cpuid(1, 0), l7 = Cpuid(7, 0), l71 = Cpuid(7, 1), e1 = Cpuid(0x80000001, 0);
+  uint64_t features = 0;
+  const bool fma = Bit(l1.c, 12), f16c = Bit(l1.c, 29), popcnt = Bit(l1.c, 23), avx = Bit(l1.c, 28);
+  const bool bmi1 = Bit(l7.b, 3), avx2 = Bit(l7.b, 5), bmi2 = Bit(l7.b, 8), lzcnt = Bit(e1.c, 5);
+  if (ymm && avx && avx2 && fma && f16c && popcnt && bmi1 && bmi2 && lzcnt) features |= kAvx2;
+  if (zmm && Bit(l7.b, 16) && Bit(l7.b, 17) && Bit(l7.b, 30) && Bit(l7.b, 31)) features |= kAvx512;
+  if (zmm && Bit(l7.c, 1) && Bit(l7.c, 6)) features |= kAvx512Vbmi2;
+  if (zmm && Bit(l7.c, 11)) features |= kAvx512Vnni;
+  if (zmm && Bit(l71.a, 5)) features |= kAvx512Bf16;
+  if (tiles && Bit(l7.d, 24)) features |= kAmxTile;
+  if (tiles && Bit(l7.d, 22)) features |= kAmxBf16;
+  if (tiles && Bit(l7.d, 25)) features |= kAmxInt8;
+  return features;
+}
+
+struct FeatureName {
+  uint64_t bit;
+  const char* name;
+};
+constexpr FeatureName kFeatureNames[] = {
+    {kAvx2, "avx2"},         {kAvx512, "avx512"},    {kAvx512Vbmi2, "avx512_vbmi2"}, {kAvx512Vnni, "avx512_vnni"},
+    {kAvx512Bf16, "avx512_bf16"}, {kAmxTile, "amx_tile"}, {kAmxBf16, "amx_bf16"},         {kAmxInt8, "amx_int8"},
+};
+
+std::string Quoted(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    if (static_cast<unsigned char>(c) >= 0x20) out += c;
+  }
+  return out + "\"";
+}
+
+std::string CpuName() {
+  char name[49] = {};
+  for (unsigned i = 0; i < 3; ++i) {
+    const Registers r = Cpuid(0x80000002 + i, 0);
+    const unsigned words[4] = {r.a, r.b, r.c, r.d};
+    std::memcpy(name + 16 * i, words, sizeof words);
+  }
+  const std::string text = name;
+  const size_t first = text.find_first_not_of(' ');
+  return first == std::string::npos ? "unknown" : text.substr(first, text.find_last_not_of(' ') - first + 1);
+}
+
+const char* ForcedLevel() {
+  const char* name = std::getenv("SPARAMX_ISA");
+  return name == nullptr || *name == '\0' ? nullptr : name;
+}
+
+std::string LevelNames() {
+  std::string names;
+  for (const Level* level : Levels()) names += (names.empty() ? "" : ", ") + std::string(level->name);
+  return names;
+}
+
+}  // namespace
+
+uint64_t CpuFeatures() {
+  static const uint64_t features = Detect();
+  return features;
+}
+
+const std::vector<const Level*>& Levels() {
+  static const std::vector<const Level*> levels = {&kScalarLevel, &kAvx2Level, &kAvx512Level, &kAvx512Vbmi2Level,
+                                                   &kAvx512Bf16Level};
+  return levels;
+}
+
+std::string MissingFeatures(uint64_t needed) {
+  const uint64_t missing = needed & ~CpuFeatures();
+  std::string names;
+  for (const FeatureName& f : kFeatureNames)
+    if ((missing & f.bit) != 0) names += (names.empty() ? "" : ", ") + std::string(f.name);
+  return names;
+}
+
+Status ChooseLevel(const char* name, const Level** level) {
+  const bool from_environment = name == nullptr || std::strcmp(name, "auto") == 0;
+  if (from_environment) name = ForcedLevel();
+  if (name == nullptr || std::strcmp(name, "auto") == 0) {
+    for (const Level* candidate : Levels())
+      if (MissingFeatures(candidate->features).empty()) *level = candidate;
+    return {};
+  }
+  const std::string quoted = (from_environment ? "SPARAMX_ISA=" : "instruction-set level ") + std::string(name);
+  for (const Level* candidate : Levels()) {
+    if (std::strcmp(candidate->name, name) != 0) continue;
+    const std::string missing = MissingFeatures(candidate->features);
+    if (!missing.empty()) return Status::Unsupported(quoted + " cannot run on this CPU, which lacks " + missing);
+    *level = candidate;
+    return {};
+  }
+  return Status::Unsupported(quoted + " is not a level of this library (" + LevelNames() + ")");
+}
+
+const Kernel* FindKernel(const Level& level, WeightType type, Activations activations) {
+  const auto& levels = Levels();
+  size_t i = levels.size();
+  while (i > 0 && levels[i - 1] != &level) --i;
+  for (; i > 0; --i) {
+    const Kernel& kernel = levels[i - 1]->kernels[static_cast<int>(type)][static_cast<int>(activations)];
+    if (kernel.path != nullptr) return &kernel;
+  }
+  return nullptr;
+}
+
+std::string CpuInfoJson() {
+  std::string features, levels;
+  for (const FeatureName& f : kFeatureNames)
+    if ((CpuFeatures() & f.bit) != 0) features += (features.empty() ? "" : ", ") + Quoted(f.name);
+  for (const Level* level : Levels()) {
+    const std::string missing = MissingFeatures(level->features);
+    levels += std::string(levels.empty() ? "" : ", ") + "{\"name\": " + Quoted(level->name) + ", \"supported\": " +
+              (missing.empty() ? "true" : "false") + ", \"reason\": " +
+              Quoted(missing.empty() ? "the CPU has all it needs" : "the CPU or the operating system lacks " + missing) + "}";
+  }
+  const Level* chosen = nullptr;
+  const Status status = ChooseLevel(nullptr, &chosen);
+  const char* forced = ForcedLevel();
+  std::string json = "{\"cpu\": " + Quoted(CpuName()) + ", \"features\": [" + features + "], \"levels\": [" + levels + "], \"forced\": " +
+                     (forced ? Quoted(forced) : "null") + ", \"level\": " + (status.ok() ? Quoted(chosen->name) : "null") + ", \"reason\": " +
+                     Quoted(!status.ok() ? status.message : forced ? "SPARAMX_ISA asks for it" : "the highest level that this CPU runs");
+  json += ", \"kernels\": {";
+  if (status.ok()) {
+    const Kernel* fp32 = FindKernel(*chosen, WeightType::kFp32, Activations::kFp32);
+    const Kernel* bf16 = FindKernel(*chosen, WeightType::kBf16, Activations::kBf16);
+    json += "\"fp32\": " + Quoted(fp32->path) + ", \"bf16\": " + Quoted(bf16->path);
+  }
+  return json + "}}";
+}
+
+}  // namespace sparamx

@@ -1,0 +1,188 @@
+#include "runtime/matmul.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "runtime/cpu.h"
+
+namespace sparamx {
+namespace {
+
+// Packed bytes below which another work item costs more than it gains: about 2 us of memory time.
+constexpr uint64_t kItemBytes = 32 * 1024;
+// More items than threads, as the host does not say how many it has and threads may be unequal.
+constexpr size_t kMaxItems = 64;
+// Rows per pass over the weights: a tile is expanded once for all of them, and their part of X stays in the L2.
+constexpr size_t kPassRows = 512;
+// Multiply-adds that weigh as much as a packed byte from memory: with more rows, smaller pieces are worth a thread.
+constexpr uint64_t kRowsPerByte = 4;
+// Strips are handed out in pairs, as the register blocks of larger M take them.
+constexpr size_t kStripStep = 2;
+// Activations above which packing them is shared among threads.
+constexpr size_t kSerialPackElements = 32 * 1024;
+
+size_t PowerOfTwoStride(size_t bytes) { return bytes % 1024 == 0 ? bytes + 64 : bytes; }
+
+}  // namespace
+
+// Item i covers row pass i / (strip_items * k_parts), then K part, then a range of strips.
+struct MatMul::Split {
+  size_t passes = 1, pass_rows = 0;
+  size_t strip_items = 1;
+  size_t k_parts = 1;
+  size_t items() const { return passes * k_parts * strip_items; }
+};
+
+Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& options) {
+  Status status = Parse(blob, blob_size, &weights_);
+  if (!status.ok()) return status;
+  status = ChooseLevel(options.isa, &level_);
+  if (!status.ok()) return status;
+  const Activations by_default = weights_.type == WeightType::kFp32 ? Activations::kFp32 : Activations::kBf16;
+  kernel_ = FindKernel(*level_, weights_.type, options.default_activations ? by_default : options.activations);
+  if (kernel_ == nullptr) return Status::Invalid("fp32 weights take fp32 activations only");
+  epilogue_ = options.epilogue;
+  padded_k_ = weights_.tiles * TileK(weights_.type);
+  x_row_bytes_ = PowerOfTwoStride(RoundUp(padded_k_ * kernel_->x_element_bytes, 64));
+  const bool exact = weights_.type == WeightType::kFp32 || (!options.default_activations && options.activations == Activations::kFp32);
+  uses_x_in_place_ = exact && padded_k_ == weights_.k;
+  if (uses_x_in_place_) x_row_bytes_ = weights_.k * sizeof(float);
+  return {};
+}
+
+// Depends on the shape alone, so that neither threads nor values change the order of summation.
+MatMul::Split MatMul::SplitFor(size_t rows) const {
+  Split split;
+  split.passes = CeilDiv(rows, kPassRows);
+  split.pass_rows = CeilDiv(rows, split.passes);
+  const uint64_t bytes = static_cast<uint64_t>(weights_.strips) * weights_.tiles * kTileRows * kTileRowBytes / 2;
+  const uint64_t work = bytes * (1 + split.pass_rows / kRowsPerByte);
+  const size_t wanted = static_cast<size_t>(std::min<uint64_t>(kMaxItems, std::max<uint64_t>(1, work / kItemBytes)));
+  const size_t most = CeilDiv(weights_.strips, kStripStep);
+  split.strip_items = std::min(wanted, most);
+  if (most < wanted && split.passes == 1) {
+    const size_t parts = std::min(weights_.runs, CeilDiv(wanted, most));
+    split.k_parts = std::max<size_t>(1, parts);
+  }
+  return split;
+}
+
+size_t MatMul::ScratchBytes(size_t rows) const {
+  const size_t x_bytes = uses_x_in_place_ ? 0 : rows * x_row_bytes_;
+  const size_t parts = SplitFor(std::max<size_t>(rows, 1)).k_parts;
+  const size_t partial = parts == 1 ? 0 : parts * rows * weights_.n * sizeof(float);
+  return RoundUp(x_bytes, 64) + partial;
+}
+
+namespace {
+
+// The strip at which item `item` of `items` begins, so that items hold about equally many values.
+size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
+  const size_t groups = CeilDiv(w.strips, kStripStep);
+  if (item == 0) return 0;
+  if (item >= items) return w.strips;
+  if (w.form == Form::kDense) return std::min(w.strips, groups * item / items * kStripStep);
+  // Masks are read too, so a strip without values still counts, in units of a value.
+  const uint64_t mask_weight = std::max<uint64_t>(1, w.tiles * MaskBytesPerTile(w.type) * 8 / CodeBits(w.type));
+  auto before = [&](size_t group) {
+    const size_t strip = std::min(w.strips, group * kStripStep);
+    return ValuesBefore(w, strip, 0) + strip * mask_weight;
+  };
+  const uint64_t target = before(groups) / items * item;
+  size_t low = 0, high = groups;
+  while (low < high) {
+    const size_t middle = (low + high) / 2;
+    if (before(middle) < target)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return std::min(w.strips, low * kStripStep);
+}
+
+struct Call {
+  const Kernel* kernel;
+  MatMulJob job;  // of the whole matrix; items narrow it
+  size_t total_rows, pass_rows, strip_items, k_parts;
+  size_t partial_floats;  // per K part
+  const float* x;
+  size_t k, padded_k, pack_rows;
+};
+
+void PackItem(void* user, size_t item) {
+  const Call& c = *static_cast<const Call*>(user);
+  const size_t first = item * c.pack_rows, rows = std::min(c.pack_rows, c.total_rows - first);
+  uint8_t* out = static_cast<uint8_t*>(const_cast<void*>(c.job.x)) + first * c.job.x_row_bytes;
+  c.kernel->pack_rows(c.x + first * c.k, rows, c.k, c.padded_k, out, c.job.x_row_bytes);
+}
+
+void MultiplyItem(void* user, size_t item) {
+  const Call& c = *static_cast<const Call*>(user);
+  MatMulJob job = c.job;
+  const PackedView& w = *job.weights;
+  const size_t strip_item = item % c.strip_items, part = item / c.strip_items % c.k_parts, pass = item / c.strip_items / c.k_parts;
+  const size_t first_row = pass * c.pass_rows;
+  job.rows = std::min(c.pass_rows, c.total_rows - first_row);
+  job.x = static_cast<const uint8_t*>(job.x) + first_row * job.x_row_bytes;
+  job.y += part * c.partial_floats + first_row * job.y_stride;
+  job.first_strip = FirstStrip(w, strip_item, c.strip_items);
+  job.last_strip = FirstStrip(w, strip_item + 1, c.strip_items);
+  job.first_run = w.runs * part / c.k_parts;
+  job.last_run = w.runs * (part + 1) / c.k_parts;
+  if (job.first_strip < job.last_strip) c.kernel->multiply(job);
+}
+
+}  // namespace
+
+void MatMul::Run(const float* x, size_t rows, const float* bias, float* y, void* scratch,
+                 const ParallelFor& parallel) const noexcept {
+  const size_t n = weights_.n;
+  if (rows == 0 || n == 0) return;
+  if (weights_.k == 0) {
+    std::memset(y, 0, rows * n * sizeof(float));
+    return level_->finish(y, n, rows, n, bias, epilogue_);
+  }
+  const Split split = SplitFor(rows);
+  Call c = {};
+  c.kernel = kernel_;
+  c.total_rows = rows;
+  c.pass_rows = split.pass_rows;
+  c.strip_items = split.strip_items;
+  c.k_parts = split.k_parts;
+  c.x = x;
+  c.k = weights_.k;
+  c.padded_k = padded_k_;
+  c.job.weights = &weights_;
+  c.job.x = uses_x_in_place_ ? static_cast<const void*>(x) : scratch;
+  c.job.x_row_bytes = x_row_bytes_;
+  c.job.y = y;
+  c.job.y_stride = n;
+  c.job.finish = split.k_parts == 1;
+  c.job.bias = bias;
+  c.job.epilogue = epilogue_;
+
+  auto run = [&](size_t count, void (*body)(void*, size_t)) {
+    if (count == 1) return body(&c, 0);
+    parallel.run(parallel.host, count, body, &c);
+  };
+  if (!uses_x_in_place_) {
+    c.pack_rows = rows * c.k <= kSerialPackElements ? rows : std::max<size_t>(1, CeilDiv(kSerialPackElements, c.k));
+    run(CeilDiv(rows, c.pack_rows), PackItem);
+  }
+  float* partial = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + RoundUp(uses_x_in_place_ ? 0 : rows * x_row_bytes_, 64));
+  if (split.k_parts > 1) {
+    c.job.y = partial;
+    c.partial_floats = rows * n;
+  }
+  run(split.items(), MultiplyItem);
+  if (split.k_parts == 1) return;
+  for (size_t i = 0; i < rows * n; ++i) {
+    float sum = partial[i];
+    for (size_t p = 1; p < split.k_parts; ++p) sum += partial[p * c.partial_floats + i];
+    y[i] = sum;
+  }
+  level_->finish(y, n, rows, n, bias, epilogue_);
+}
+
+}  // namespace sparamx

@@ -1,0 +1,52 @@
+// Y = epilogue(X W + bias) for a packed W: which kernel, how the work is split, where scratch lies. Knows no host: threads
+// come as a callback, memory as pointers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "format/packed_format.h"
+#include "kernels/kernel_table.h"
+
+namespace sparamx {
+
+// Runs body(user, i) once for every i in [0, count), in any order, from any threads, and returns when all are done.
+struct ParallelFor {
+  void (*run)(void* host, size_t count, void (*body)(void* user, size_t i), void* user);
+  void* host;
+};
+
+class MatMul {
+ public:
+  struct Options {
+    Epilogue epilogue = Epilogue::kNone;
+    bool default_activations = true;  // bf16 for bf16 weights, fp32 for fp32 weights
+    Activations activations = Activations::kFp32;
+    const char* isa = nullptr;        // a level's name; null: SPARAMX_ISA or the best
+  };
+
+  // Checks the blob. The blob must outlive the object, unchanged.
+  Status Init(const uint8_t* blob, uint64_t blob_size, const Options& options);
+
+  // Bytes that Run needs for M rows; align them to 64.
+  size_t ScratchBytes(size_t rows) const;
+
+  // X[rows, K] and Y[rows, N] are row-major; bias is null or N floats. The result does not depend on the number of threads.
+  void Run(const float* x, size_t rows, const float* bias, float* y, void* scratch, const ParallelFor& parallel) const noexcept;
+
+  const PackedView& weights() const { return weights_; }
+  const char* path() const { return kernel_->path; }
+
+ private:
+  struct Split;
+  Split SplitFor(size_t rows) const;
+
+  PackedView weights_ = {};
+  const Level* level_ = nullptr;
+  const Kernel* kernel_ = nullptr;
+  Epilogue epilogue_ = Epilogue::kNone;
+  bool uses_x_in_place_ = false;
+  size_t padded_k_ = 0, x_row_bytes_ = 0;
+};
+
+}  // namespace sparamx
