@@ -1,0 +1,331 @@
+"""The command line: parses, calls the Python API, prints. Every command can print JSON instead of text.
+
+Exit codes: 0 done, 1 the check failed (verify), 2 wrong usage or unusable input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from sparamx_onnx.ops.errors import SparamxError
+
+if TYPE_CHECKING:
+    pass
+
+_DEBUG = "SPARAMX_DEBUG"
+_DONE, _FAILED, _UNUSABLE, _INTERRUPTED = 0, 1, 2, 130
+
+_MAGNITUDE_WARNING = (
+    "warning: --method magnitude prunes without looking at any data, and at 50 % it usually ruins a language model;"
+    " judge the result on your own data before you use it."
+)
+
+
+def main() -> NoReturn:
+    """Runs the command line of this process and exits with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line; one sentence on stderr, never a traceback, is what becomes of an error.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        result = commands.main(arguments, prog_name="sparamx-onnx", standalone_mode=False)
+        return result if isinstance(result, int) else _DONE
+    except click.UsageError as error:
+        context = error.ctx.command_path if error.ctx is not None else "sparamx-onnx"
+        _complain(f"{error.format_message().rstrip('.')} (see {context} --help)")
+    except click.ClickException as error:
+        _complain(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        return _INTERRUPTED
+    except SparamxError as error:
+        _complain(str(error))
+    except MemoryError:
+        _complain("out of memory")
+    except Exception as error:  # the promise of this function: never a traceback unless asked for
+        _complain(
+            f"{type(error).__name__}: {' '.join(str(error).split())}: this is a bug in sparamx-onnx;"
+            f" run again with {_DEBUG}=1 to see where"
+        )
+    return _UNUSABLE
+
+
+class _Examples(click.Command):
+    """A command whose help ends with examples: (command line, what it does)."""
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for line, meaning in self._examples:
+                formatter.write(f"  {line}\n      {meaning}\n")
+        super().format_epilog(ctx, formatter)
+
+
+class _Group(_Examples, click.Group):
+    """The program; its commands are listed in the order of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 a check failed, 2 wrong usage or unusable input.",
+    examples=(
+        ("sparamx-onnx inspect model.onnx", "what could be converted, and how many zeros it has"),
+        ("sparamx-onnx convert model.onnx", "writes model.sparse.onnx and model.sparse.onnx.data"),
+        ("sparamx-onnx verify model.onnx model.sparse.onnx", "are the outputs the same?"),
+        ("sparamx-onnx bench model.sparse.onnx --against model.onnx", "is it faster here?"),
+    ),
+)
+@click.version_option(package_name="sparamx-onnx", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Makes pruned transformers fast and small in ONNX Runtime on CPUs.
+
+    Load a converted model with sparamx_onnx.InferenceSession in Python, or register the library that 'sparamx-onnx
+    info' names in an ONNX Runtime session of any language.
+    """
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+
+
+@commands.command(
+    cls=_Examples,
+    short_help="Rewrite linear layers as sparse operators.",
+    examples=(
+        ("sparamx-onnx convert model.onnx", "a pruned model: keeps its zeros, writes model.sparse.onnx"),
+        (
+            "sparamx-onnx convert model.onnx -o small.onnx --weights fp32",
+            "the same numbers as before, but for rounding",
+        ),
+        (
+            "sparamx-onnx convert model.onnx --method magnitude --sparsity 0.6",
+            "prunes a dense model, at a risk to its quality",
+        ),
+        ("sparamx-onnx convert model.onnx --exclude lm_head --dry-run", "what would happen; writes nothing"),
+    ),
+)
+@click.argument("model")
+@click.option("-o", "--output", metavar="OUT", help="The file to write; NAME.sparse.onnx beside MODEL by default.")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "keep", "magnitude"]),
+    default="auto",
+    show_default=True,
+    help="keep: only the zeros that are there. magnitude: set the smallest weights to zero, uncalibrated. auto: keep.",
+)
+@click.option(
+    "--sparsity",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of zeros per weight that --method magnitude leaves behind.  [default: 0.5]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["bf16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="Type of the packed weights. fp32 is exact; bf16 is half as large.",
+)
+@click.option("--include", metavar="RE", multiple=True, help="Convert only nodes whose name matches. Repeatable.")
+@click.option("--exclude", metavar="RE", multiple=True, help="Leave nodes alone whose name matches. Repeatable.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@_json_option
+def convert(
+    model: str,
+    output: str | None,
+    method: str,
+    sparsity: float | None,
+    weights: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Rewrites the linear layers of MODEL as sparse operators.
+
+    Writes OUT and OUT.data; MODEL is never changed. A MatMul or Gemm with a constant weight is converted, or listed
+    with the reason why it was left alone. For a model that is converted already or has no linear layer nothing is
+    written.
+    """
+    from sparamx_onnx.conversion import convert as do_convert
+    from sparamx_onnx.progress import progress_bar
+    from sparamx_onnx.reports import conversion_text
+
+    if sparsity is not None and method != "magnitude":
+        raise click.UsageError(f"--sparsity needs --method magnitude; '{method}' keeps the zeros that are there")
+    if method == "magnitude":
+        click.echo(_MAGNITUDE_WARNING, err=True)
+    with progress_bar() as progress:
+        result = do_convert(
+            model,
+            output,
+            method=method,
+            sparsity=0.5 if sparsity is None else sparsity,
+            weights=weights,
+            include=include,
+            exclude=exclude,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    _print(result, conversion_text, as_json)
+    return _DONE
+
+
+@commands.command(
+    cls=_Examples,
+    short_help="Show linear layers: shape, zeros, bytes.",
+    examples=(
+        ("sparamx-onnx inspect model.onnx", "what convert would do"),
+        ("sparamx-onnx inspect model.sparse.onnx --json", "what convert has done, for a script"),
+    ),
+)
+@click.argument("model")
+@_json_option
+def inspect(model: str, as_json: bool) -> int:
+    """Shows the linear layers of MODEL: shape, zeros, bytes before and after.
+
+    For a model as it was exported, this is what convert would do with it. For a converted one, it is what the packed
+    weights say of themselves.
+    """
+    from sparamx_onnx.inspection import inspect as do_inspect
+    from sparamx_onnx.progress import progress_bar
+    from sparamx_onnx.reports import inspection_text
+
+    with progress_bar() as progress:
+        result = do_inspect(model, progress=progress)
+    _print(result, inspection_text, as_json)
+    return _DONE
+
+
+@commands.command(
+    cls=_Examples,
+    short_help="Compare the outputs of two models.",
+    examples=(
+        ("sparamx-onnx verify model.onnx model.sparse.onnx", "on random inputs"),
+        (
+            "sparamx-onnx verify model.onnx model.sparse.onnx --inputs batch.npz --tolerance 0.01",
+            "on your own inputs (numpy.savez), with your own tolerance",
+        ),
+    ),
+)
+@click.argument("dense")
+@click.argument("sparse")
+@click.option("--inputs", metavar="FILE.npz", help="One array per input, by name; random inputs by default.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    help="Largest relative error that passes.  [default: 1e-4 for fp32 weights, 2e-2 for bf16]",
+)
+@_json_option
+def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None, as_json: bool) -> int:
+    """Runs DENSE and SPARSE on the same inputs and compares the outputs.
+
+    Per output: relative error (max |difference| / max |reference|), the lowest cosine between vectors, and how often
+    the largest element is the same. Exit code 1 if an error is past the tolerance.
+    """
+    from sparamx_onnx.reports import verification_text
+    from sparamx_onnx.verification import verify as do_verify
+
+    result = do_verify(dense, sparse, inputs=inputs, tolerance=tolerance)
+    _print(result, verification_text, as_json)
+    return _DONE if result.passed else _FAILED
+
+
+@commands.command(
+    cls=_Examples,
+    short_help="Time a model, alone or against another.",
+    examples=(
+        ("sparamx-onnx bench model.sparse.onnx --against model.onnx --batch 8", "an encoder, 8 rows of 128 tokens"),
+        (
+            "sparamx-onnx bench decoder.sparse.onnx --against decoder.onnx --length 1024 --threads 4",
+            "a decode step after 1024 tokens",
+        ),
+    ),
+)
+@click.argument("model")
+@click.option("--against", metavar="OTHER", help="Another model with the same inputs to compare with.")
+@click.option("--batch", type=click.IntRange(1), help="Rows per run.  [default: 1]")
+@click.option(
+    "--length",
+    type=click.IntRange(1),
+    help="Tokens per row; for a model with a key-value cache, tokens in the cache.  [default: 128]",
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads to run with.  [default: one per core]")
+@_json_option
+def bench(
+    model: str, against: str | None, batch: int | None, length: int | None, threads: int | None, as_json: bool
+) -> int:
+    """Times MODEL, alone or against OTHER, on random inputs.
+
+    The two take turns in short bursts, each in a process of its own that is stopped while the other runs. A model with
+    a key-value cache is timed on one decode step. PSS is the memory of a process with shared pages divided among their
+    users.
+    """
+    from sparamx_onnx.benchmark import bench as do_bench
+    from sparamx_onnx.progress import progress_bar
+    from sparamx_onnx.reports import benchmark_text
+
+    with progress_bar() as progress:
+        result = do_bench(model, against, batch=batch, length=length, threads=threads, progress=progress)
+    _print(result, benchmark_text, as_json)
+    return _DONE
+
+
+@commands.command(
+    cls=_Examples,
+    short_help="Show the library, the CPU and the kernels.",
+    examples=(
+        ("sparamx-onnx info", "what this machine has"),
+        ("SPARAMX_ISA=avx2 sparamx-onnx info", "with a level forced, as it would be for any session"),
+    ),
+)
+@_json_option
+def info(as_json: bool) -> int:
+    """Shows the library to register, the CPU, and which kernels will run here and why."""
+    from sparamx_onnx.environment import environment
+    from sparamx_onnx.reports import environment_text
+
+    _print(environment(), environment_text, as_json)
+    return _DONE
+
+
+def _print(result: Any, text: Any, as_json: bool) -> None:
+    click.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False) if as_json else text(result))
+
+
+def _complain(message: str) -> None:
+    """One sentence on stderr; after the traceback, where somebody is looking for a bug."""
+    if os.environ.get(_DEBUG) and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    click.echo(f"error: {message.rstrip('.')}.", err=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    # As an exception, so that whatever is being written is cleaned away as after Ctrl-C.
+    sys.exit(128 + number)

@@ -1,0 +1,203 @@
+"""Reads ONNX files, and says in one sentence why one cannot be read.
+
+The weights stay on disk: external data is mapped when a tensor is first used, and every file it needs is checked here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from sparamx_onnx.ops.definitions import DOMAIN
+from sparamx_onnx.ops.errors import SparamxError
+
+_LARGEST_PROTOBUF = 2**31 - 1
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, its weights still on disk.
+
+    Attributes:
+        path: The file that was asked for.
+        model: Its content; external tensors are lazy and carry absolute paths.
+        data_files: The external data files that it refers to, links followed, in order of first use.
+        bytes_on_disk: Size of the model file and of its external data files.
+    """
+
+    path: Path
+    model: ir.Model
+    data_files: tuple[Path, ...]
+    bytes_on_disk: int
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether it holds operators of ours."""
+        return any(node.domain == DOMAIN for graph in self.model.graphs() for node in graph)
+
+    @property
+    def imports_our_domain(self) -> bool:
+        """Whether ONNX Runtime needs our library to load it."""
+        return DOMAIN in self.model.opset_imports or self.is_converted
+
+
+def load_model(path: str | os.PathLike[str]) -> LoadedModel:
+    """Reads a model file and checks that all of its external data is there.
+
+    Args:
+        path: An ONNX file (protobuf).
+
+    Raises:
+        SparamxError: The file is missing, unreadable, no ONNX model or damaged, or its external data is missing, too
+            short or outside of the model's folder.
+    """
+    path = Path(path)
+    proto = _parse(path)
+    folders = {_real(path.parent), _real(path).parent}
+    sizes: dict[Path, int] = {}
+    for tensor in _tensors_of_model(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _resolve_external(path, folders, tensor, sizes)
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:  # whatever a damaged model trips over inside of onnx_ir
+        raise SparamxError(f"{path}: not a valid ONNX model: {_first_line(error)}") from error
+    total = _size(path) + sum(sizes.values())
+    return LoadedModel(path, model, tuple(sizes), total)
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if path.is_dir():
+        raise SparamxError(f"{path}: is a folder; name the .onnx file in it")
+    try:
+        if path.stat().st_size > _LARGEST_PROTOBUF:
+            raise SparamxError(f"{path}: larger than 2 GiB, which an ONNX file (without its external data) cannot be")
+        content = path.read_bytes()
+    except OSError as error:
+        raise SparamxError(f"{path}: cannot be read: {error.strerror}") from error
+    if not content:
+        raise SparamxError(f"{path}: is empty, not an ONNX model")
+    if content.startswith(_LFS_POINTER):
+        raise SparamxError(f"{path}: is a Git LFS pointer, not the model itself; run 'git lfs pull'")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as error:
+        what = "is a text file, not an ONNX model" if _is_text(content) else "damaged, or not an ONNX model"
+        raise SparamxError(f"{path}: {what}") from error
+    if not proto.HasField("graph") or not proto.opset_import:
+        what = "is a text file, not an ONNX model" if _is_text(content) else "not an ONNX model (it holds no graph)"
+        raise SparamxError(f"{path}: {what}")
+    return proto
+
+
+def _is_text(content: bytes) -> bool:
+    head = content[:4096]
+    try:
+        text = head.decode("utf-8", errors="strict" if len(content) <= len(head) else "ignore")
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character in "\t\n\r\f" for character in text)
+
+
+def _resolve_external(path: Path, folders: set[Path], tensor: onnx.TensorProto, sizes: dict[Path, int]) -> None:
+    """Checks where an external tensor lies and makes its location absolute; notes the file's size in ``sizes``.
+
+    A location may be a link, as in the cache of huggingface_hub, as long as it ends in the model's folder or in the
+    folder where the model file really is.
+    """
+    entries = {entry.key: entry for entry in tensor.external_data}
+    if "location" not in entries or not entries["location"].value:
+        raise SparamxError(f"{path}: the external data of tensor '{tensor.name}' names no file")
+    location = entries["location"].value
+    if Path(location).is_absolute() or ".." in Path(location).parts:
+        raise SparamxError(f"{path}: tensor '{tensor.name}' refers to external data outside of its folder: {location}")
+    target = _real(path.parent / location)
+    if target not in sizes:
+        if not any(target.is_relative_to(folder) for folder in folders):
+            raise SparamxError(f"{path}: external data {location} is a link that leaves the model's folder")
+        if not target.exists():
+            raise SparamxError(f"{path}: its external data file {path.parent / location} is missing")
+        if not target.is_file() or not os.access(target, os.R_OK):
+            raise SparamxError(f"{path}: its external data file {path.parent / location} cannot be read")
+        sizes[target] = _size(target)
+    offset, length = (_number(path, tensor, entries.get(key)) for key in ("offset", "length"))
+    needed = length or _dense_bytes(path, tensor)
+    if offset + needed > sizes[target]:
+        raise SparamxError(
+            f"{path}: its external data file {path.parent / location} is too short: tensor '{tensor.name}' needs"
+            f" {offset + needed} bytes, the file has {sizes[target]}"
+        )
+    if length and length < _dense_bytes(path, tensor):
+        raise SparamxError(f"{path}: the external data of tensor '{tensor.name}' is shorter than its shape needs")
+    entries["location"].value = os.fspath(target)
+
+
+def _number(path: Path, tensor: onnx.TensorProto, entry: onnx.StringStringEntryProto | None) -> int:
+    if entry is None or not entry.value:
+        return 0
+    if not entry.value.isdecimal():
+        raise SparamxError(f"{path}: tensor '{tensor.name}' has an external data {entry.key} that is no number")
+    return int(entry.value)
+
+
+def _dense_bytes(path: Path, tensor: onnx.TensorProto) -> int:
+    """Bytes that a tensor of this type and shape takes."""
+    elements = 1
+    for dimension in tensor.dims:
+        if dimension < 0:
+            raise SparamxError(f"{path}: tensor '{tensor.name}' has a negative dimension")
+        elements *= dimension
+    try:
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (TypeError, ValueError) as error:
+        raise SparamxError(f"{path}: tensor '{tensor.name}' has an unknown or unusable element type") from error
+    return (elements * int(bits) + 7) // 8
+
+
+def _tensors_of_model(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _tensors_of_graph(proto.graph)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _tensors_of_node(node)
+
+
+def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    for node in graph.node:
+        yield from _tensors_of_node(node)
+
+
+def _tensors_of_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("g"):
+            yield from _tensors_of_graph(attribute.g)
+        for graph in attribute.graphs:
+            yield from _tensors_of_graph(graph)
+
+
+def _real(path: Path) -> Path:
+    # Not Path.resolve: that raises for a loop of links, which is a missing file like others.
+    return Path(os.path.realpath(path))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,118 @@
+"""Puts a model and its data file in place whole, or not at all.
+
+Both files are written into a hidden folder beside the destination and moved from there when they are complete.
+Whatever ends the run before that, the destination is as it was; a folder that a killed run left behind is removed by
+the next run for the same destination.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparamx_onnx.ops.errors import SparamxError
+
+_LOCK = "lock"
+
+
+def data_path(model: Path) -> Path:
+    """The external data file that belongs to a model file."""
+    return model.with_name(model.name + ".data")
+
+
+def check_destination(output: Path, *, inputs: tuple[Path, ...], force: bool) -> None:
+    """Refuses a destination that cannot be written or would destroy something, before any work is done.
+
+    Args:
+        output: The model file to write; its data file goes beside it.
+        inputs: Files that are being read.
+        force: Whether existing files may be replaced.
+
+    Raises:
+        SparamxError: Says which file is in the way, or what is wrong with the folder.
+    """
+    if not output.name or output.name in (".", ".."):
+        raise SparamxError(f"{output}: is no file name")
+    if not output.parent.is_dir():
+        what = "is not a folder" if output.parent.exists() else "does not exist"
+        raise SparamxError(f"{output}: cannot be written: {output.parent} {what}")
+    real_inputs = {path.resolve() for path in inputs}
+    for path in (output, data_path(output)):
+        if path.is_dir():
+            raise SparamxError(f"{path}: is a folder; name a file to write to")
+        if path.resolve() in real_inputs or any(path.exists() and path.samefile(other) for other in inputs):
+            raise SparamxError(f"{path}: is a file of the input model; choose another output")
+        if not force and (path.exists() or path.is_symlink()):
+            raise SparamxError(f"{path}: exists already; use --force (force=True) to replace it")
+        if path.exists() and not path.is_file():
+            raise SparamxError(f"{path}: is not a regular file")
+
+
+@contextlib.contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """A folder on the destination's file system to write in; it is gone afterwards, with everything left in it.
+
+    Raises:
+        SparamxError: Nothing can be written beside the destination.
+    """
+    _remove_abandoned(output)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+    except OSError as error:
+        raise write_error(output, error) from error
+    try:
+        # Held until the end of the process or of this block: a lock that can be taken marks an abandoned folder.
+        with (folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def commit(folder: Path, output: Path) -> None:
+    """Moves ``output`` and its data file from a staging folder into place.
+
+    A model that is being replaced goes first and the new one comes last: at no moment does a model file stand beside
+    the data of another.
+
+    Args:
+        folder: The staging folder; holds a file named like ``output`` and perhaps one named like its data file.
+        output: Where the model goes.
+    """
+    data = data_path(output)
+    output.unlink(missing_ok=True)
+    if (folder / data.name).exists():
+        (folder / data.name).replace(data)
+    else:
+        data.unlink(missing_ok=True)
+    (folder / output.name).replace(output)
+
+
+def _prefix(output: Path) -> str:
+    # Cut, because a file name may be as long as the file system allows.
+    return f".{output.name[:100]}.sparamx-"
+
+
+def _remove_abandoned(output: Path) -> None:
+    prefix = _prefix(output)
+    with contextlib.suppress(OSError):
+        for folder in output.parent.iterdir():
+            if folder.name.startswith(prefix) and folder.is_dir() and not folder.is_symlink():
+                _remove_if_unlocked(folder)
+
+
+def _remove_if_unlocked(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_error(output: Path, error: OSError) -> SparamxError:
+    """The sentence for a failed write of ``output``."""
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    return SparamxError(f"{output}: cannot be written: {reason}")

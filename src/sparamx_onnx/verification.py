@@ -1,0 +1,208 @@
+"""Runs a model and its converted form on the same inputs and says how far apart the outputs are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from sparamx_onnx.feeds import Array, check_inputs, is_decoder, plan_feeds, read_npz
+from sparamx_onnx.inspection import conversion_record
+from sparamx_onnx.loading import LoadedModel, load_model
+from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.session import first_line, open_quietly
+
+# Largest relative error of an output that conversion alone, without pruning, may cause.
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
+_UNKNOWN_TOLERANCE = 1e-4
+_GENERATED_RUNS = 3
+_GENERATED_LENGTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputError:
+    """How far one output of the second model is from the first one's, the worst over all runs.
+
+    Attributes:
+        name: The output.
+        shape: Its shape in the first run.
+        relative_error: max |difference| / max |reference|; None where shapes or non-finite values differ.
+        cosine: The lowest cosine between corresponding vectors along the last axis; None as above.
+        argmax_agreement: Share of those vectors whose largest element is at the same place; None for vectors of one.
+        problem: What makes the outputs incomparable, or None.
+        within: Whether the error is within the tolerance.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    relative_error: float | None
+    cosine: float | None
+    argmax_agreement: float | None
+    problem: str | None
+    within: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Result of ``verify``.
+
+    Attributes:
+        reference: Path of the first model.
+        converted: Path of the second.
+        inputs: Where the inputs came from: a file, ``arrays`` or ``generated``.
+        runs: Runs of each model.
+        tolerance: Largest relative error that passes.
+        pruned: How the second model was pruned when it was converted, or None.
+        outputs: One entry per output.
+    """
+
+    reference: str
+    converted: str
+    inputs: str
+    runs: int
+    tolerance: float
+    pruned: str | None
+    outputs: tuple[OutputError, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is within the tolerance."""
+        return all(output.within for output in self.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {**dataclasses.asdict(self), "passed": self.passed}
+
+
+def verify(
+    reference: str | os.PathLike[str],
+    converted: str | os.PathLike[str],
+    *,
+    inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
+    tolerance: float | None = None,
+) -> Verification:
+    """Compares a converted model with the model it came from, output by output.
+
+    Args:
+        reference: The model as it was.
+        converted: The converted model; any other model with the same inputs and outputs will do.
+        inputs: An ``.npz`` file or a mapping with one array per input, for one run. Without it, three runs on random
+            inputs of the declared types and shapes.
+        tolerance: Largest relative error that passes. By default what the weight type allows: 1e-4 for fp32 weights,
+            2e-2 for bf16. A model that was pruned when it was converted differs by more: that is no rounding error.
+
+    Raises:
+        SparamxError: A model cannot be read or run, or the inputs do not fit.
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise SparamxError(f"the tolerance is {tolerance}; it must be 0 or more")
+    models = [load_model(reference), load_model(converted)]
+    source, runs = _inputs(models[0], inputs)
+    record = conversion_record(models[1].model)
+    if tolerance is None:
+        tolerance = TOLERANCES.get(record.get("weights", ""), _UNKNOWN_TOLERANCE)
+    # One session at a time: a pair of large models need not fit into memory side by side.
+    expected, actual = (_outputs(model, runs) for model in models)
+    names = list(expected[0])
+    if list(actual[0]) != names:
+        raise SparamxError(
+            f"{models[0].path} and {models[1].path} cannot be compared: their outputs are"
+            f" {', '.join(names)} and {', '.join(actual[0])}"
+        )
+    outputs = tuple(
+        compare(name, [run[name] for run in expected], [run[name] for run in actual], tolerance) for name in names
+    )
+    pruned = record["method"] if record.get("method") not in (None, "auto", "keep") else None
+    return Verification(os.fspath(reference), os.fspath(converted), source, len(runs), tolerance, pruned, outputs)
+
+
+def compare(name: str, expected: Sequence[Array], actual: Sequence[Array], tolerance: float) -> OutputError:
+    """Compares one output over several runs.
+
+    Args:
+        name: Its name, for the result.
+        expected: The reference, one array per run, any numeric type.
+        actual: The output to judge, one array per run.
+        tolerance: Largest relative error that passes.
+    """
+    shape = expected[0].shape
+    errors, cosines, agreements = [], [], []
+    for wanted, got in zip(expected, actual, strict=True):
+        if wanted.shape != got.shape:
+            return OutputError(name, shape, None, None, None, f"shape {got.shape} instead of {wanted.shape}", False)
+        wanted, got = np.asarray(wanted, np.float64), np.asarray(got, np.float64)
+        finite = np.isfinite(wanted)
+        # Infinities and NaNs of the reference are results like others: they must be there again, and only they.
+        if not np.array_equal(wanted[~finite], got[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
+            return OutputError(name, shape, None, None, None, "infinite or NaN values differ", False)
+        wanted, got = np.where(finite, wanted, 0.0), np.where(finite, got, 0.0)
+        errors.append(_relative_error(wanted, got))
+        cosines.append(_lowest_cosine(wanted, got))
+        if wanted.ndim and wanted.shape[-1] > 1 and wanted.size:
+            agreements.append(float(np.mean(wanted.argmax(-1) == got.argmax(-1))))
+    error = max(errors)
+    agreement = min(agreements) if agreements else None
+    if math.isinf(error):
+        return OutputError(
+            name, shape, None, min(cosines), agreement, "the reference is all zero, the output is not", False
+        )
+    return OutputError(name, shape, error, min(cosines), agreement, None, error <= tolerance)
+
+
+def _relative_error(wanted: Array, got: Array) -> float:
+    difference = float(np.abs(wanted - got).max(initial=0.0))
+    if difference == 0.0:
+        return 0.0
+    largest = float(np.abs(wanted).max(initial=0.0))
+    return difference / largest if largest else math.inf
+
+
+def _lowest_cosine(wanted: Array, got: Array) -> float:
+    rows = [array.reshape(-1, array.shape[-1] if array.ndim else 1) for array in (wanted, got)] if wanted.size else None
+    if rows is None:
+        return 1.0
+    lengths = [np.linalg.norm(row, axis=-1) for row in rows]
+    product = lengths[0] * lengths[1]
+    dots = np.einsum("ij,ij->i", *rows)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = np.where(product > 0, dots / product, np.where(lengths[0] == lengths[1], 1.0, 0.0))
+    return float(cosines.min())
+
+
+def _inputs(
+    model: LoadedModel, inputs: str | os.PathLike[str] | Mapping[str, Array] | None
+) -> tuple[str, list[dict[str, Array]]]:
+    if isinstance(inputs, Mapping):
+        return "arrays", [check_inputs(inputs, model.model, "the given inputs")]
+    if inputs is not None:
+        return os.fspath(inputs), [read_npz(inputs, model.model)]
+    # A decoder sees half of its context as cache, half as new tokens, so that both ways through it are compared.
+    half = _GENERATED_LENGTH // 2
+    sizes = {"length": half, "past": half} if is_decoder(model.model) else {"length": _GENERATED_LENGTH}
+    plan = plan_feeds(model.model, **sizes)
+    return "generated", [plan.make(seed) for seed in range(_GENERATED_RUNS)]
+
+
+def _outputs(model: LoadedModel, runs: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
+    session = open_quietly(model.path, sparse=model.imports_our_domain)
+    return [_run(session, model, feeds) for feeds in runs]
+
+
+def _run(session: onnxruntime.InferenceSession, model: LoadedModel, feeds: dict[str, Array]) -> dict[str, Array]:
+    names = [output.name for output in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    if missing := sorted(wanted - set(feeds)):
+        raise SparamxError(f"{model.path}: it has an input '{missing[0]}' that the other model lacks")
+    try:
+        values = session.run(None, {name: array for name, array in feeds.items() if name in wanted})
+    except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
+        raise SparamxError(f"{model.path}: ONNX Runtime fails on these inputs: {first_line(error)}") from error
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+            raise SparamxError(f"{model.path}: output '{name}' is no tensor of numbers, which verify cannot compare")
+    return dict(zip(names, values, strict=True))

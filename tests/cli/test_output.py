@@ -1,0 +1,139 @@
+"""Output files: whole or not at all, and never over something that matters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.output import check_destination, commit, data_path, staging
+
+Tree = Callable[[Path], dict[str, bytes]]
+
+
+def _write(folder: Path, output: Path, model: bytes, data: bytes | None) -> None:
+    (folder / output.name).write_bytes(model)
+    if data is not None:
+        (folder / data_path(output).name).write_bytes(data)
+
+
+def test_both_files_appear_and_the_staging_folder_goes(tmp_path: Path, tree: Tree) -> None:
+    output = tmp_path / "out.onnx"
+    with staging(output) as folder:
+        _write(folder, output, b"model", b"data")
+        assert not output.exists()
+        commit(folder, output)
+    assert tree(tmp_path) == {"out.onnx": b"model", "out.onnx.data": b"data"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_replacing_leaves_no_data_of_the_model_before(tmp_path: Path, tree: Tree) -> None:
+    output = tmp_path / "out.onnx"
+    _write(tmp_path, output, b"old model", b"old data")
+    with staging(output) as folder:
+        _write(folder, output, b"new model", None)
+        commit(folder, output)
+    assert tree(tmp_path) == {"out.onnx": b"new model"}
+
+
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, tree: Tree) -> None:
+    output = tmp_path / "out.onnx"
+    _write(tmp_path, output, b"old model", b"old data")
+    with contextlib.suppress(KeyboardInterrupt), staging(output) as folder:
+        _write(folder, output, b"half", b"half")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {"out.onnx": b"old model", "out.onnx.data": b"old data"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+_HOLDS_STAGING = """
+import sys, time
+from pathlib import Path
+from sparamx_onnx.output import staging
+with staging(Path(sys.argv[1])) as folder:
+    (folder / "big").write_bytes(bytes(1000))
+    print("staged", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_run_is_cleaned_up_by_the_next_but_a_running_one_is_not(tmp_path: Path) -> None:
+    output = tmp_path / "out.onnx"
+    with subprocess.Popen([sys.executable, "-c", _HOLDS_STAGING, output], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "staged\n"
+            (theirs,) = tmp_path.iterdir()
+            with staging(output):
+                assert (theirs / "big").exists()
+            assert (theirs / "big").exists()
+        finally:
+            os.kill(holder.pid, signal.SIGKILL)
+            holder.wait()
+    assert theirs.exists()
+    with staging(tmp_path / "other.onnx"):
+        assert theirs.exists()
+    with staging(output):
+        assert not theirs.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("existing", ["out.onnx", "out.onnx.data"])
+def test_either_file_is_protected_without_force(tmp_path: Path, existing: str) -> None:
+    (tmp_path / existing).write_bytes(b"precious")
+    with pytest.raises(SparamxError, match=f"{existing}: exists already"):
+        check_destination(tmp_path / "out.onnx", inputs=(), force=False)
+    check_destination(tmp_path / "out.onnx", inputs=(), force=True)
+
+
+def test_a_dangling_link_is_protected_too(tmp_path: Path) -> None:
+    (tmp_path / "out.onnx").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SparamxError, match="exists already"):
+        check_destination(tmp_path / "out.onnx", inputs=(), force=False)
+
+
+@pytest.mark.parametrize("folder", ["out.onnx", "out.onnx.data"])
+def test_a_folder_in_the_way_is_refused_even_with_force(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    with pytest.raises(SparamxError, match=f"{folder}: is a folder"):
+        check_destination(tmp_path / "out.onnx", inputs=(), force=True)
+
+
+@pytest.mark.parametrize("how", ["name", "symlink", "hard link", "dots"])
+@pytest.mark.parametrize("which", ["model.onnx", "model.onnx.data"])
+def test_a_file_of_the_input_is_refused_even_with_force(tmp_path: Path, how: str, which: str) -> None:
+    inputs = (tmp_path / "model.onnx", tmp_path / "model.onnx.data")
+    for path in inputs:
+        path.write_bytes(b"original")
+    output = {"name": tmp_path / "model.onnx", "dots": tmp_path / "sub" / ".." / "model.onnx"}.get(
+        how, tmp_path / "alias.onnx"
+    )
+    (tmp_path / "sub").mkdir()
+    alias = tmp_path / f"alias{which.removeprefix('model')}"
+    if how == "symlink":
+        alias.symlink_to(tmp_path / which)
+    elif how == "hard link":
+        alias.hardlink_to(tmp_path / which)
+    with pytest.raises(SparamxError, match="is a file of the input model"):
+        check_destination(output, inputs=inputs, force=True)
+
+
+def test_a_missing_folder_and_a_file_as_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SparamxError, match=r"missing does not exist"):
+        check_destination(tmp_path / "missing" / "out.onnx", inputs=(), force=False)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SparamxError, match=r"file is not a folder"):
+        check_destination(tmp_path / "file" / "out.onnx", inputs=(), force=False)
+
+
+def test_an_unwritable_folder_is_named() -> None:
+    # /proc refuses new files to everyone, the superuser included.
+    with pytest.raises(SparamxError, match=r"^/proc/out\.onnx: cannot be written"), staging(Path("/proc/out.onnx")):
+        pass
