@@ -1,0 +1,49 @@
+// The library's entry point for ONNX Runtime.
+#include <exception>
+#include <mutex>
+
+#include "ort/sparse_amx_matmul.h"
+
+#if defined(__GNUC__)
+#define SPARAMX_ENTRY extern "C" __attribute__((visibility("default")))
+#else
+#define SPARAMX_ENTRY extern "C"
+#endif
+
+namespace {
+
+// The oldest runtime that has all that this library calls; headers of this version, too, are what it is built with.
+constexpr uint32_t kApiVersion = 21;
+static_assert(ORT_API_VERSION >= kApiVersion, "build against the ONNX Runtime 1.21 headers or newer ones");
+
+// A status can only be made by the runtime itself, through an api that it knows.
+OrtStatus* TooOld(const OrtApiBase* base) {
+  const OrtApi* old = base->GetApi(12);
+  if (old == nullptr) return nullptr;
+  const std::string message = std::string("sparamx-onnx needs ONNX Runtime 1.21 or later; this is ") + base->GetVersionString();
+  return old->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
+}
+
+// The domain of a session's options must live as long as the session, which nobody tells us the end of: one for the process.
+Ort::CustomOpDomain& Domain() {
+  static const sparamx::SparseAMXMatMul matmul;
+  static Ort::CustomOpDomain* domain = [] {
+    auto* made = new Ort::CustomOpDomain("com.sparamx");
+    made->Add(&matmul);
+    return made;
+  }();
+  return *domain;
+}
+
+}  // namespace
+
+SPARAMX_ENTRY OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(kApiVersion);
+  if (api == nullptr) return TooOld(base);
+  try {
+    Ort::InitApi(api);
+    return api->AddCustomOpDomain(options, Domain());
+  } catch (const std::exception& e) {
+    return api->CreateStatus(ORT_FAIL, e.what());
+  }
+}

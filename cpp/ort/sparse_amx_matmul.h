@@ -1,0 +1,52 @@
+// The SparseAMXMatMul operator: a thin adapter from ONNX Runtime's custom-op interface to runtime/matmul.h.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include <onnxruntime_cxx_api.h>
+
+#include "runtime/matmul.h"
+
+namespace sparamx {
+
+class SparseAMXMatMulKernel {
+ public:
+  // Throws Ort::Exception with a sentence that names the node.
+  SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelInfo* info);
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
+
+ private:
+  void Compute(OrtKernelContext* context) const;
+  void Multiply(OrtKernelContext* context, const MatMul& matmul, const float* x, size_t rows, const float* bias, float* y) const;
+  [[noreturn]] void Fail(const Status& status) const;
+
+  const OrtApi& api_;
+  std::string name_;
+  int64_t k_, n_;
+  MatMul::Options options_;
+  bool constant_weights_;
+  MatMul matmul_;  // of constant weights
+  Ort::MemoryInfo cpu_memory_;
+};
+
+struct SparseAMXMatMul : Ort::CustomOpBase<SparseAMXMatMul, SparseAMXMatMulKernel, true> {
+  static constexpr size_t kX = 0, kW = 1, kB = 2, kInputs = 3;
+
+  OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
+  const char* GetName() const { return "SparseAMXMatMul"; }
+  const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
+  size_t GetInputTypeCount() const { return kInputs; }
+  ONNXTensorElementDataType GetInputType(size_t i) const {
+    return i == kW ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
+    return i == kB ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  static Ort::Status InferOutputShape(Ort::ShapeInferContext& context);
+};
+
+}  // namespace sparamx
