@@ -1,0 +1,337 @@
+// The packed format: what is packed comes back, and what is damaged is refused without a byte read outside the blob
+// (the blobs lie in heap blocks of exactly their size, so that AddressSanitizer sees any such read).
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "format/number.h"
+#include "format/packed_format.h"
+
+namespace sparamx {
+namespace {
+
+using Blob = std::vector<uint8_t>;
+
+struct Shape {
+  uint64_t k, n;
+};
+
+constexpr Shape kShapes[] = {{0, 0},   {0, 5},   {5, 0},    {1, 1},    {1, 17},   {31, 16},
+                             {32, 15}, {33, 16}, {513, 33}, {64, 128}, {1024, 7}, {100, 100}};
+constexpr WeightType kTypes[] = {WeightType::kFp32, WeightType::kBf16};
+constexpr Form kForms[] = {Form::kSparse, Form::kDense};
+
+// Weights that bf16 holds exactly, `sparsity` of them zero, with a zero row, a zero column and both zeros' signs.
+std::vector<float> RandomWeights(Shape shape, double sparsity, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<double> chance(0, 1);
+  std::uniform_int_distribution<int> number(-128, 127);
+  std::vector<float> w(shape.k * shape.n);
+  for (uint64_t i = 0; i < w.size(); ++i) {
+    const bool zero = chance(random) < sparsity || i / shape.n == 3 || i % shape.n == 5;
+    w[i] = zero ? (i % 2 == 0 ? 0.0f : -0.0f) : static_cast<float>(number(random)) / 32.0f;
+  }
+  return w;
+}
+
+SourceMatrix RowMajor(const std::vector<float>& w, Shape shape) {
+  return {w.data(), shape.k, shape.n, static_cast<int64_t>(shape.n), 1, SourceType::kFp32};
+}
+
+Blob MustPack(const SourceMatrix& source, const PackOptions& options) {
+  uint64_t size = 0;
+  EXPECT_EQ(PackedSize(source, options, &size).message, "");
+  Blob blob(size, 0xcc);
+  EXPECT_EQ(Pack(source, options, blob.data(), size).message, "");
+  return blob;
+}
+
+Blob MustPack(const std::vector<float>& w, Shape shape, WeightType type, Form form) {
+  PackOptions options;
+  options.type = type;
+  options.form = form;
+  options.threads = 2;
+  return MustPack(RowMajor(w, shape), options);
+}
+
+std::vector<float> MustUnpack(const Blob& blob) {
+  PackedView view = {};
+  EXPECT_EQ(Parse(blob.data(), blob.size(), &view).message, "");
+  std::vector<float> dense(view.k * view.n, -1.0f);
+  Unpack(view, dense.data(), 2);
+  return dense;
+}
+
+TEST(Format, PackedWeightsComeBack) {
+  for (const Shape shape : kShapes) {
+    for (const double sparsity : {0.0, 0.5, 0.95, 1.0}) {
+      const std::vector<float> w = RandomWeights(shape, sparsity, 1);
+      for (const WeightType type : kTypes) {
+        for (const Form form : kForms) {
+          SCOPED_TRACE(testing::Message() << shape.k << " x " << shape.n << " type " << static_cast<int>(type)
+                                          << " form " << static_cast<int>(form) << " sparsity " << sparsity);
+          const Blob blob = MustPack(w, shape, type, form);
+          PackedView view = {};
+          ASSERT_EQ(Parse(blob.data(), blob.size(), &view).message, "");
+          EXPECT_EQ(view.k, shape.k);
+          EXPECT_EQ(view.n, shape.n);
+          EXPECT_EQ(view.type, type);
+          EXPECT_EQ(view.form, form);
+          EXPECT_EQ(view.nnz, w.size() - static_cast<uint64_t>(std::count(w.begin(), w.end(), 0.0f)));
+          EXPECT_EQ(MustUnpack(blob), w);  // 0 == -0
+        }
+      }
+    }
+  }
+}
+
+TEST(Format, AutomaticFormIsTheSmaller) {
+  const Shape shape = {640, 96};
+  for (const WeightType type : kTypes) {
+    for (const double sparsity : {0.0, 0.02, 0.04, 0.06, 0.08, 0.5}) {
+      const std::vector<float> w = RandomWeights(shape, sparsity, 2);
+      const size_t sparse = MustPack(w, shape, type, Form::kSparse).size();
+      const size_t dense = MustPack(w, shape, type, Form::kDense).size();
+      EXPECT_EQ(MustPack(w, shape, type, Form::kAuto).size(), std::min(sparse, dense));
+    }
+  }
+}
+
+TEST(Format, StridesAndThreadsDoNotChangeTheBlob) {
+  const Shape shape = {130, 77};
+  const std::vector<float> w = RandomWeights(shape, 0.5, 3);
+  std::vector<float> transposed(w.size());
+  for (uint64_t k = 0; k < shape.k; ++k)
+    for (uint64_t n = 0; n < shape.n; ++n) transposed[n * shape.k + k] = w[k * shape.n + n];
+  const SourceMatrix columns = {transposed.data(), shape.k, shape.n, 1, static_cast<int64_t>(shape.k),
+                                SourceType::kFp32};
+  // The last row first: a negative stride.
+  std::vector<float> upside_down;
+  for (uint64_t k = shape.k; k-- > 0;)
+    upside_down.insert(upside_down.end(), &w[k * shape.n], &w[k * shape.n] + shape.n);
+  const SourceMatrix reversed = {&upside_down[(shape.k - 1) * shape.n], shape.k, shape.n,
+                                 -static_cast<int64_t>(shape.n),        1,       SourceType::kFp32};
+
+  for (const Form form : kForms) {
+    PackOptions options;
+    options.form = form;
+    options.threads = 1;
+    const Blob expected = MustPack(RowMajor(w, shape), options);
+    for (const unsigned threads : {0u, 2u, 3u, 8u}) {
+      options.threads = threads;
+      EXPECT_EQ(MustPack(RowMajor(w, shape), options), expected) << threads << " threads";
+    }
+    EXPECT_EQ(MustPack(columns, options), expected);
+    EXPECT_EQ(MustPack(reversed, options), expected);
+  }
+}
+
+TEST(Format, SixteenBitSources) {
+  const Shape shape = {70, 40};
+  const std::vector<float> w = RandomWeights(shape, 0.5, 4);
+  std::vector<uint16_t> bf16, fp16;
+  for (const float f : w) {
+    bf16.push_back(static_cast<uint16_t>(BitsOf(f) >> 16));
+    // Multiples of 1/32 below 4 in magnitude: normal in fp16, or zero.
+    const uint32_t bits = BitsOf(f);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    fp16.push_back(static_cast<uint16_t>((bits >> 16 & 0x8000u) | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0)));
+  }
+  for (const WeightType type : kTypes) {
+    PackOptions options;
+    options.type = type;
+    const Blob expected = MustPack(RowMajor(w, shape), options);
+    const auto stride = static_cast<int64_t>(shape.n);
+    EXPECT_EQ(MustPack({bf16.data(), shape.k, shape.n, stride, 1, SourceType::kBf16}, options), expected);
+    EXPECT_EQ(MustPack({fp16.data(), shape.k, shape.n, stride, 1, SourceType::kFp16}, options), expected);
+  }
+}
+
+TEST(Format, Fp16NumbersAreTheStandardsOnes) {
+  for (uint32_t h = 0; h < 0x10000; ++h) {
+    const uint32_t exponent = h >> 10 & 31, fraction = h & 1023;
+    const float f = FloatFromFp16(static_cast<uint16_t>(h));
+    EXPECT_EQ(std::signbit(f), (h & 0x8000) != 0);
+    if (exponent == 31 && fraction != 0) {
+      EXPECT_TRUE(std::isnan(f));
+      continue;
+    }
+    const double expected = exponent == 31  ? std::numeric_limits<double>::infinity()
+                            : exponent == 0 ? std::ldexp(fraction, -24)
+                                            : std::ldexp(1024 + fraction, static_cast<int>(exponent) - 25);
+    EXPECT_EQ(std::fabs(f), expected) << h;
+  }
+}
+
+TEST(Format, Bf16RoundsToNearestEvenAndDenormalsToZero) {
+  std::mt19937 random(5);
+  for (int i = 0; i < 200000; ++i) {
+    const auto bits = static_cast<uint32_t>(random());
+    const float f = FloatOf(bits);
+    const float rounded = FloatFromBf16(Bf16FromFloat(f));
+    if (std::isnan(f)) {
+      EXPECT_TRUE(std::isnan(rounded));
+    } else if (std::fabs(f) < std::numeric_limits<float>::min()) {
+      EXPECT_EQ(rounded, 0.0f);
+    } else {
+      // The neighbours in bf16, and their distance, exactly.
+      const double below = FloatOf(bits & 0xffff0000u);
+      const uint32_t next = (bits & 0xffff0000u) + 0x10000u;
+      const double step = FloatOf((bits & 0x7f800000u)) / 128.0;
+      const double above = std::fabs(below) + step;
+      const double position = (std::fabs(static_cast<double>(f)) - std::fabs(below)) / step;
+      const bool up = position > 0.5 || (position == 0.5 && (next >> 16 & 1) == 0);
+      const bool overflows = above > std::numeric_limits<float>::max();
+      const double expected = !up ? std::fabs(below) : overflows ? std::numeric_limits<double>::infinity() : above;
+      EXPECT_EQ(std::fabs(rounded), expected) << f;
+      EXPECT_EQ(std::signbit(rounded), std::signbit(f));
+    }
+  }
+}
+
+TEST(Format, AWeightThatUnderflowsInBf16IsNotStored) {
+  const float denormal = 1e-39f;
+  const std::vector<float> w = {1.0f, denormal, -denormal, 0.0f};
+  PackedView view = {};
+  const Blob blob = MustPack(w, {2, 2}, WeightType::kBf16, Form::kSparse);
+  ASSERT_EQ(Parse(blob.data(), blob.size(), &view).message, "");
+  EXPECT_EQ(view.nnz, 1u);
+  const Blob exact = MustPack(w, {2, 2}, WeightType::kFp32, Form::kSparse);
+  ASSERT_EQ(Parse(exact.data(), exact.size(), &view).message, "");
+  EXPECT_EQ(view.nnz, 3u);
+}
+
+TEST(Format, AFourByteAlignedOrUnalignedBlobIsAsGood) {
+  const Shape shape = {65, 33};
+  const std::vector<float> w = RandomWeights(shape, 0.5, 6);
+  for (const WeightType type : kTypes) {
+    const Blob blob = MustPack(w, shape, type, Form::kSparse);
+    for (const size_t shift : {1u, 4u, 63u}) {
+      Blob moved(blob.size() + shift);
+      std::memcpy(moved.data() + shift, blob.data(), blob.size());
+      PackedView view = {};
+      ASSERT_EQ(Parse(moved.data() + shift, blob.size(), &view).message, "");
+      std::vector<float> dense(w.size());
+      Unpack(view, dense.data(), 1);
+      EXPECT_EQ(dense, w);
+    }
+  }
+}
+
+// What a damaged blob may do: be refused with a sentence, or be taken for another matrix that can be read in bounds.
+void ExpectHarmless(const Blob& blob) {
+  PackedView view = {};
+  const Status status = Parse(blob.data(), blob.size(), &view);
+  if (!status.ok()) {
+    EXPECT_NE(status.message, "");
+    EXPECT_TRUE(status.code == StatusCode::kDamaged || status.code == StatusCode::kUnsupported);
+  } else if (view.k * view.n < 1u << 22) {
+    std::vector<float> dense(view.k * view.n);
+    Unpack(view, dense.data(), 1);
+  }
+}
+
+TEST(Format, EveryHeaderAndTableByteIsCheckedOrHarmless) {
+  const Shape shape = {70, 40};
+  const std::vector<float> w = RandomWeights(shape, 0.5, 7);
+  for (const WeightType type : kTypes) {
+    for (const Form form : kForms) {
+      const Blob blob = MustPack(w, shape, type, form);
+      internal::Header header;
+      std::memcpy(&header, blob.data(), sizeof header);
+      const size_t table_end = sizeof header + header.section_count * sizeof(internal::Section);
+      for (size_t i = 0; i < table_end; ++i) {
+        for (const int value : {0x00, 0x01, 0x7f, 0x80, 0xff, blob[i] ^ 1, blob[i] ^ 0x10, blob[i] + 1}) {
+          Blob damaged = blob;
+          damaged[i] = static_cast<uint8_t>(value);
+          ExpectHarmless(damaged);
+        }
+      }
+    }
+  }
+}
+
+TEST(Format, FieldsThatNoReaderMayIgnore) {
+  const Blob blob = MustPack(RandomWeights({70, 40}, 0.5, 8), {70, 40}, WeightType::kBf16, Form::kSparse);
+  const auto code_with = [&](size_t offset, uint8_t value) {
+    Blob changed = blob;
+    changed[offset] = value;
+    PackedView view = {};
+    return Parse(changed.data(), changed.size(), &view).code;
+  };
+  EXPECT_EQ(code_with(0, 'X'), StatusCode::kDamaged);     // magic
+  EXPECT_EQ(code_with(8, 2), StatusCode::kUnsupported);   // a newer version
+  EXPECT_EQ(code_with(8, 0), StatusCode::kDamaged);       // no version
+  EXPECT_EQ(code_with(16, 1), StatusCode::kUnsupported);  // a must-understand flag
+  EXPECT_EQ(code_with(23, 0x80), StatusCode::kUnsupported);
+  EXPECT_EQ(code_with(24, 97), StatusCode::kDamaged);     // K: one more tile than the sections hold
+  EXPECT_EQ(code_with(56, 9), StatusCode::kUnsupported);  // weight type
+  EXPECT_EQ(code_with(57, 32), StatusCode::kDamaged);     // code bits
+  EXPECT_EQ(code_with(60, 1), StatusCode::kUnsupported);  // order
+  EXPECT_EQ(code_with(61, 1), StatusCode::kDamaged);      // reserved
+  EXPECT_EQ(code_with(72, 2), StatusCode::kUnsupported);  // matrix count
+  EXPECT_EQ(code_with(127, 1), StatusCode::kDamaged);     // reserved
+}
+
+TEST(Format, EveryTruncationIsRefused) {
+  for (const Form form : kForms) {
+    const Blob blob = MustPack(RandomWeights({70, 40}, 0.5, 9), {70, 40}, WeightType::kBf16, form);
+    internal::Header header;
+    std::memcpy(&header, blob.data(), sizeof header);
+    internal::Section values;  // the last section
+    std::memcpy(&values, blob.data() + sizeof header + (header.section_count - 1) * sizeof values, sizeof values);
+    for (size_t size = 0; size < blob.size(); ++size) {
+      const Blob cut(blob.begin(), blob.begin() + static_cast<ptrdiff_t>(size));
+      PackedView view = {};
+      EXPECT_EQ(Parse(cut.data(), cut.size(), &view).code, StatusCode::kDamaged) << size;
+      // The same with a header that knows of the cut, so that the checks behind the size are reached.
+      if (size >= sizeof header && size < values.offset + values.size + kOverread) {
+        Blob consistent = cut;
+        const uint64_t bytes = size;  // of the type that the header has
+        std::memcpy(consistent.data() + offsetof(internal::Header, blob_bytes), &bytes, sizeof bytes);
+        EXPECT_EQ(Parse(consistent.data(), consistent.size(), &view).code, StatusCode::kDamaged) << size;
+      }
+    }
+  }
+}
+
+TEST(Format, RandomDamageIsHarmless) {
+  std::mt19937 random(10);
+  for (const WeightType type : kTypes) {
+    for (const Form form : kForms) {
+      const Blob blob = MustPack(RandomWeights({200, 70}, 0.6, 11), {200, 70}, type, form);
+      for (int i = 0; i < 2000; ++i) {
+        Blob damaged = blob;
+        const int changes = 1 + static_cast<int>(random() % 4);
+        for (int c = 0; c < changes; ++c) {
+          // Half of them near the beginning, where the structure is.
+          const size_t range = random() % 2 == 0 ? blob.size() : 512;
+          damaged[random() % range] = static_cast<uint8_t>(random());
+        }
+        ExpectHarmless(damaged);
+      }
+    }
+  }
+}
+
+TEST(Format, HugeSizesAreRefusedNotMultiplied) {
+  const Blob blob = MustPack(RandomWeights({70, 40}, 0.5, 12), {70, 40}, WeightType::kBf16, Form::kSparse);
+  for (const uint64_t k : {0x7fffffffull, 0x80000000ull, 0x100000000ull, 0xffffffffffffffffull}) {
+    for (const uint64_t n : {40ull, 0x7fffffffull, 0xffffffffffffffffull}) {
+      Blob damaged = blob;
+      std::memcpy(damaged.data() + offsetof(internal::Header, k), &k, sizeof k);
+      std::memcpy(damaged.data() + offsetof(internal::Header, n), &n, sizeof n);
+      PackedView view = {};
+      EXPECT_EQ(Parse(damaged.data(), damaged.size(), &view).code, StatusCode::kDamaged) << k << " " << n;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparamx
