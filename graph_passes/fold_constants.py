@@ -1,0 +1,270 @@
+"""Folds Identity, Transpose and Cast of constants, lazily: nothing is computed until a folded constant is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from sparamx_onnx.graph_passes.mapped import read_tensor
+from sparamx_onnx.graph_passes.plan import Reason
+
+_FLOATS: Mapping[ir.DataType, np.dtype[np.generic]] = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    ir.DataType.DOUBLE: np.dtype(np.float64),
+}
+
+# From this IR version on, an initializer that is also a graph input is only a default that a caller may replace.
+_OVERRIDABLE_SINCE_IR = 4
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The folding of a Transpose."""
+
+    permutation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The folding of a Cast between floating-point types."""
+
+    dtype: ir.DataType
+
+
+Step = Transposed | Converted
+
+
+@dataclass(frozen=True)
+class FoldedConstant:
+    """A constant as a node sees it.
+
+    Attributes:
+        root: The initializer, or the output of the Constant node, that holds the values.
+        tensor: Its tensor.
+        steps: What lies between the tensor and the use of it, first step first.
+        shape: The shape at the use.
+        dtype: The type at the use.
+    """
+
+    root: ir.Value
+    tensor: ir.TensorProtocol
+    steps: tuple[Step, ...]
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+
+    @property
+    def name(self) -> str:
+        """Name of the value that holds the constant."""
+        return self.root.name or ""
+
+    def transposed(self) -> FoldedConstant:
+        """The same constant with its dimensions in reverse order."""
+        permutation = tuple(reversed(range(len(self.shape))))
+        return FoldedConstant(
+            self.root, self.tensor, _append(self.steps, Transposed(permutation)), self.shape[::-1], self.dtype
+        )
+
+    def numpy(self) -> npt.NDArray[np.generic]:
+        """The values at the use.
+
+        Transposing gives a view, and so does widening float16 or bfloat16 to float32, in that the narrow array is
+        returned as it is: every consumer here takes it, and its values are the same.
+        """
+        array = read_tensor(self.tensor)
+        steps = list(self.steps)
+        while steps:
+            step = steps.pop(0)
+            if isinstance(step, Transposed):
+                array = array.transpose(step.permutation)
+            elif not _is_widening(array.dtype, step.dtype) or any(isinstance(later, Converted) for later in steps):
+                array = array.astype(_FLOATS[step.dtype])
+        return array
+
+
+@dataclass(frozen=True)
+class NotConstant:
+    """Why a value cannot be folded."""
+
+    reason: Reason
+    detail: str = ""
+
+
+def _is_widening(source: np.dtype[np.generic], target: ir.DataType) -> bool:
+    return target == ir.DataType.FLOAT and source.newbyteorder("=") in (
+        _FLOATS[ir.DataType.FLOAT],
+        _FLOATS[ir.DataType.FLOAT16],
+        _FLOATS[ir.DataType.BFLOAT16],
+    )
+
+
+def _append(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
+    """The steps with one more, adjacent transpositions merged and void ones dropped.
+
+    Equal views of one tensor thus have equal steps, by which weights are recognized as shared.
+    """
+    if isinstance(step, Converted):
+        # A conversion commutes with transpositions: conversions stand first.
+        return (*(s for s in steps if isinstance(s, Converted)), step, *(s for s in steps if isinstance(s, Transposed)))
+    permutation = step.permutation
+    if steps and isinstance(steps[-1], Transposed):
+        inner = steps[-1].permutation
+        permutation = tuple(inner[axis] for axis in permutation)
+        steps = steps[:-1]
+    if permutation == tuple(range(len(permutation))):
+        return steps
+    return (*steps, Transposed(permutation))
+
+
+class ConstantFolder:
+    """Recognizes constants of one model through the nodes that lie between them and their use.
+
+    Rules:
+
+    1. An initializer is a constant, unless it is also a graph input (from IR version 4 on a caller may replace it).
+    2. The output of a Constant node that holds a tensor or float values is a constant.
+    3. Identity of a constant is that constant.
+    4. Transpose of a constant is a constant: its permutation is recorded, no data is moved.
+    5. Cast of a floating-point constant to a floating-point type is a constant: the conversion is recorded.
+    6. Anything else is refused, with the reason.
+
+    The graph is not changed: nodes that nobody uses any more after a rewrite are removed by it, the others keep the
+    constant they have, so that a weight that stays dense is never stored twice.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._overridable = (model.ir_version or _OVERRIDABLE_SINCE_IR) >= _OVERRIDABLE_SINCE_IR
+        self._computable: set[ir.Value] | None = None
+
+    def fold(self, value: ir.Value) -> FoldedConstant | NotConstant:
+        """The constant that a value is, or why it is none."""
+        chain: list[ir.Node] = []
+        while not _is_initialized(value):
+            node = value.producer()
+            # A node that is met again is in a cycle, which is no valid model, but must not hang.
+            if node is None or node.domain != "" or node.op_type not in _FOLDED or node in chain:
+                break
+            source = node.inputs[0] if len(node.inputs) == 1 else None
+            if source is None:
+                break
+            chain.append(node)
+            value = source
+        folded = self._fold_root(value)
+        for node in reversed(chain):
+            if isinstance(folded, NotConstant):
+                return folded
+            folded = _FOLDED[node.op_type](node, folded)
+        return folded
+
+    def _fold_root(self, value: ir.Value) -> FoldedConstant | NotConstant:
+        if _is_initialized(value):
+            assert value.const_value is not None
+            if value.is_graph_input() and self._overridable:
+                return NotConstant(Reason.WEIGHT_IS_GRAPH_INPUT, f"It is '{value.name}'.")
+            return _root(value, value.const_value)
+        node = value.producer()
+        if node is None:
+            return NotConstant(Reason.TWO_ACTIVATIONS)
+        if node.op_type == "Constant" and node.domain == "":
+            tensor = _constant_tensor(node)
+            if tensor is not None:
+                return _root(value, tensor)
+            return NotConstant(Reason.WEIGHT_NOT_CONSTANT, f"The Constant node '{node.name}' holds no plain tensor.")
+        if value not in self._values_of_constants():
+            return NotConstant(Reason.TWO_ACTIVATIONS)
+        if node.op_type.startswith("Dequantize"):
+            return NotConstant(Reason.QUANTIZED_WEIGHT, f"The {node.op_type} node '{node.name}' expands it.")
+        return NotConstant(Reason.WEIGHT_NOT_CONSTANT, f"The {node.op_type} node '{node.name}' computes it.")
+
+    def _values_of_constants(self) -> set[ir.Value]:
+        """Every value that is computed from initializers and Constant nodes alone."""
+        if self._computable is None:
+            self._computable = set()
+            for node in ir.traversal.RecursiveGraphIterator(self._model.graph):
+                # A node without inputs is a constant or a source of random numbers; a body may capture anything.
+                is_source = not any(source is not None for source in node.inputs) and node.op_type != "Constant"
+                has_body = any(
+                    attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+                    for attribute in node.attributes.values()
+                )
+                if is_source or has_body:
+                    continue
+                if all(
+                    source is None or source.is_initializer() or source in self._computable for source in node.inputs
+                ):
+                    self._computable.update(node.outputs)
+        return self._computable
+
+
+def _is_initialized(value: ir.Value) -> bool:
+    return value.is_initializer() and value.const_value is not None
+
+
+def _fold_transpose(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotConstant:
+    rank = len(inner.shape)
+    attribute = node.attributes.get("perm")
+    permutation = tuple(reversed(range(rank))) if attribute is None else tuple(attribute.as_ints())
+    if sorted(permutation) != list(range(rank)):
+        return NotConstant(
+            Reason.INCONSISTENT_SHAPES,
+            f"The Transpose node '{node.name}' permutes {len(permutation)} dimensions of {rank}.",
+        )
+    shape = tuple(inner.shape[axis] for axis in permutation)
+    return FoldedConstant(inner.root, inner.tensor, _append(inner.steps, Transposed(permutation)), shape, inner.dtype)
+
+
+def _fold_identity(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotConstant:
+    return inner
+
+
+def _fold_cast(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotConstant:
+    attribute = node.attributes.get("to")
+    target = None if attribute is None else ir.DataType(attribute.as_int())
+    if target == inner.dtype:
+        return inner
+    if target is None or target not in _FLOATS or inner.dtype not in _FLOATS:
+        name = "an unknown type" if target is None else target.name
+        return NotConstant(
+            Reason.WEIGHT_NOT_CONSTANT, f"The node '{node.name}' casts it from {inner.dtype.name} to {name}."
+        )
+    return FoldedConstant(inner.root, inner.tensor, _append(inner.steps, Converted(target)), inner.shape, target)
+
+
+_FOLDED: Mapping[str, Callable[[ir.Node, FoldedConstant], FoldedConstant | NotConstant]] = {
+    "Identity": _fold_identity,
+    "Transpose": _fold_transpose,
+    "Cast": _fold_cast,
+}
+
+
+def _root(value: ir.Value, tensor: ir.TensorProtocol) -> FoldedConstant:
+    shape = tensor.shape
+    return FoldedConstant(value, tensor, (), tuple(shape.numpy()), tensor.dtype)
+
+
+def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node; None where it holds integers, strings or a sparse tensor."""
+    if len(node.attributes) != 1 or len(node.outputs) != 1:
+        return None
+    name, attribute = next(iter(node.attributes.items()))
+    if attribute.is_ref():
+        return None
+    match name:
+        case "value":
+            return attribute.as_tensor()
+        case "value_float":
+            return ir.Tensor(np.array(attribute.as_float(), np.float32))
+        case "value_floats":
+            return ir.Tensor(np.array(attribute.as_floats(), np.float32))
+        case "value_int":
+            return ir.Tensor(np.array(attribute.as_int(), np.int64))
+        case "value_ints":
+            return ir.Tensor(np.array(attribute.as_ints(), np.int64))
+    return None

@@ -1,0 +1,65 @@
+"""Reads external tensors where they lie: mapped for as long as an array refers to them, never copied."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from sparamx_onnx.ops.errors import SparamxError
+
+
+def external_range(tensor: ir.ExternalTensor) -> tuple[Path, int, int]:
+    """The file, the offset and the size in bytes of an external tensor.
+
+    Raises:
+        SparamxError: The file is missing or too short.
+    """
+    path = Path(tensor.path)
+    offset = tensor.offset or 0
+    size = tensor.nbytes
+    try:
+        available = path.stat().st_size
+    except OSError as error:
+        raise SparamxError(
+            f"The external data of '{tensor.name}' cannot be read from {path}: {error.strerror}."
+        ) from error
+    if offset < 0 or offset + size > available or (tensor.length or size) < size:
+        raise SparamxError(
+            f"The external data of '{tensor.name}' needs {size} bytes at offset {offset} of {path}, "
+            f"which has {available} bytes."
+        )
+    return path, offset, size
+
+
+def read_tensor(tensor: ir.TensorProtocol) -> npt.NDArray[np.generic]:
+    """The values of a tensor; of an external one, a read-only view into its file.
+
+    The view is not cached: the file is unmapped when the last array that refers to it is gone.
+
+    Raises:
+        SparamxError: The external data is missing or too short.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    path, offset, size = external_range(tensor)
+    if tensor.dtype.bitwidth < 8:
+        # Packed elements have to be unpacked into an array of their own anyway.
+        return ir.Tensor(tensor.numpy()).numpy()
+    dtype = tensor.dtype.numpy().newbyteorder("<")
+    shape = tensor.shape.numpy()
+    if size == 0:
+        return np.empty(shape, dtype)
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), offset - start + size, access=mmap.ACCESS_READ, offset=start)
+    except OSError as error:
+        raise SparamxError(
+            f"The external data of '{tensor.name}' cannot be read from {path}: {error.strerror}."
+        ) from error
+    return np.frombuffer(mapped, dtype, math.prod(shape), offset - start).reshape(shape)

@@ -1,0 +1,150 @@
+"""A packed weight that is computed when it is asked for: one dense matrix in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from sparamx_onnx.graph_passes.fold_constants import FoldedConstant
+from sparamx_onnx.ops import packing
+from sparamx_onnx.ops.packing import PackedInfo, PackOptions
+
+Pruner = Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]
+
+# Rows converted together where a weight has to be computed before it is packed.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class PackedWeight:
+    """The blob of a weight, as a tensor of uint8 [bytes] (an ``onnx_ir.TensorProtocol``).
+
+    Neither the dense weight nor the blob is kept: every call of ``numpy`` reads the weight, prunes and packs it anew,
+    with the same result. ``shape`` needs the blob's size: it is computed on the first use, and for a pruned weight that
+    means pruning it; ``write.save`` packs first and asks afterwards.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: FoldedConstant,
+        options: PackOptions,
+        *,
+        scale: float = 1.0,
+        prune: Pruner | None = None,
+    ) -> None:
+        """Describes the packed weight; reads nothing.
+
+        Args:
+            name: Name of the initializer.
+            weight: The dense weight [K, N].
+            options: How to pack it.
+            scale: A factor of the weight.
+            prune: Sets weights to zero: takes [K, N] float32, float16 or bfloat16 and returns the same shape and dtype.
+        """
+        self.name: str | None = name
+        self.doc_string: str | None = None
+        self.metadata_props: dict[str, str] = {}
+        self.meta: dict[str, Any] = {}
+        self.weight = weight
+        self.options = options
+        self._scale = scale
+        self._prune = prune
+        self._info: PackedInfo | None = None
+        self._shape: ir.Shape | None = None
+        self._observers: list[Callable[[PackedInfo], None]] = []
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """UINT8."""
+        return ir.DataType.UINT8
+
+    @property
+    def shape(self) -> ir.Shape:
+        """[bytes]."""
+        if self._shape is None:
+            self._shape = ir.Shape([packing.packed_size(self.dense(), self.options)])
+        return self._shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(self.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the blob."""
+        return self.size
+
+    @property
+    def raw(self) -> FoldedConstant:
+        """The dense weight that is packed on demand."""
+        return self.weight
+
+    @property
+    def info(self) -> PackedInfo | None:
+        """What the blob says of itself, once it has been packed."""
+        return self._info
+
+    @property
+    def dense_bytes(self) -> int:
+        """Size of the weight in the input model."""
+        return self.weight.tensor.nbytes
+
+    def when_packed(self, observer: Callable[[PackedInfo], None]) -> None:
+        """Has a function called with what the blob says of itself, every time it has been packed."""
+        self._observers.append(observer)
+
+    def source(self) -> npt.NDArray[np.generic]:
+        """The weight [K, N] before pruning; a view of the input model where that is possible."""
+        array = self.weight.numpy()
+        return array if self._scale == 1.0 else _scaled(array, self._scale)
+
+    def dense(self) -> npt.NDArray[np.generic]:
+        """The weight [K, N] that is packed."""
+        array = self.source()
+        return array if self._prune is None else self._prune(array)
+
+    def numpy(self) -> npt.NDArray[np.uint8]:
+        """The blob, uint8 [bytes].
+
+        Raises:
+            SparamxError: The weight cannot be read or packed.
+        """
+        dense = self.dense()
+        blob = packing.pack(dense, self.options)
+        del dense
+        # Reading the header checks the whole blob: nothing is written that a kernel would refuse.
+        self._info = packing.describe(blob)
+        self._shape = ir.Shape([blob.size])
+        for observer in self._observers:
+            observer(self._info)
+        return blob
+
+    def tobytes(self) -> bytes:
+        """The blob."""
+        return self.numpy().tobytes()
+
+    def __array__(self, dtype: Any = None) -> npt.NDArray[Any]:
+        return self.numpy().astype(np.uint8 if dtype is None else dtype, copy=False)
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.numpy().__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # the CPU
+
+    def __repr__(self) -> str:
+        return f"PackedWeight(name={self.name!r}, weight={self.weight.name!r}, k_n={self.weight.shape})"
+
+
+def _scaled(array: npt.NDArray[np.generic], scale: float) -> npt.NDArray[np.float32]:
+    """The product in float32, computed in pieces so that no other copy of the whole is made."""
+    scaled = np.empty(array.shape, np.float32)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, array.shape[1]))
+    for start in range(0, array.shape[0], rows):
+        np.multiply(array[start : start + rows].astype(np.float32), np.float32(scale), out=scaled[start : start + rows])
+    return scaled
