@@ -1,4 +1,6 @@
-"""Builders and exporters of the models that tests, demo and benchmarks use (needs the `models` extra: torch, transformers).
+"""Builders and exporters of the models that tests, demo and benchmarks use.
+
+They need the `models` extra (torch, transformers).
 
 - `minilm`: all-MiniLM-L6-v2, a sentence encoder with its trained weights.
 - `llama`: a Llama-architecture decoder of any size with random weights and a KV cache.

@@ -1,6 +1,6 @@
 """A Llama-architecture decoder of any size with random weights, as ONNX with a KV cache.
 
-For timing and testing: the graph is the one that torch.onnx writes for transformers' LlamaForCausalLM, the weights are noise.
+For timing and testing: the graph is what torch.onnx writes for transformers' LlamaForCausalLM, the weights are noise.
 They are drawn while the file is written, so exporting needs the memory of one matrix, not of the model.
 
     python -m sparamx_onnx.models.llama OUT.onnx --hidden 2048 --layers 4 --heads 32 --kv-heads 8 --intermediate 8192
@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -50,6 +51,7 @@ class LlamaShape:
 
     @property
     def head_size(self) -> int:
+        """Values per head."""
         return self.hidden // self.heads
 
     @property
@@ -64,6 +66,8 @@ class LlamaShape:
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     def config(self) -> transformers.LlamaConfig:
+        """The configuration for transformers."""
+        options: dict[str, Any] = {"attn_implementation": "eager"}  # fewer nodes than SDPA after export
         return transformers.LlamaConfig(
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
@@ -73,14 +77,14 @@ class LlamaShape:
             vocab_size=self.vocab,
             max_position_embeddings=self.positions,
             tie_word_embeddings=False,
-            attn_implementation="eager",  # fewer nodes than SDPA after export
+            **options,
         )
 
 
 class CachedDecoder(torch.nn.Module):
     """LlamaForCausalLM with its cache as plain tensors, so that it can be a graph's inputs and outputs."""
 
-    def __init__(self, model: transformers.LlamaForCausalLM) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -91,10 +95,19 @@ class CachedDecoder(torch.nn.Module):
         position_ids: torch.Tensor,
         past: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, ...]:
-        """input_ids and position_ids int64 [B, S], attention_mask int64 [B, P + S], past per layer key and value
-        float32 [B, kv_heads, P, head]. Returns logits [B, S, vocab], then key and value [B, kv_heads, P + S, head] per layer.
+        """Runs one step.
+
+        Args:
+            input_ids: int64 [batch, new tokens].
+            attention_mask: int64 [batch, past + new tokens].
+            position_ids: int64 [batch, new tokens].
+            past: Key and value of every layer, float32 [batch, kv_heads, past, head].
+
+        Returns:
+            The logits [batch, new tokens, vocab], then key and value [batch, kv_heads, past + new tokens, head] of
+            every layer.
         """
-        cache = transformers.DynamicCache(past)
+        cache: Any = transformers.DynamicCache(past)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -118,22 +131,22 @@ def draw_weight(index: int, shape: tuple[int, ...], seed: int) -> NDArray[np.flo
     return values
 
 
-def build(shape: LlamaShape, seed: int = 0) -> transformers.LlamaForCausalLM:
-    """The torch model with the weights that `export` writes for the same shape and seed. Holds all of them in memory."""
-    model = transformers.LlamaForCausalLM(shape.config()).eval()
+def build(shape: LlamaShape, seed: int = 0) -> torch.nn.Module:
+    """The LlamaForCausalLM with the weights that `export` writes for the same shape and seed, all in memory."""
+    model: torch.nn.Module = transformers.LlamaForCausalLM(shape.config())
     with torch.no_grad():
         for index, parameter in enumerate(_parameters(model)):
             values = torch.from_numpy(draw_weight(index, parameter.file_shape, seed))
             parameter.tensor.copy_(values.T if parameter.transposed else values)
-    return model
+    return model.eval()
 
 
 def export(path: str | Path, shape: LlamaShape, seed: int = 0, opset: int = torch_export.DEFAULT_OPSET) -> None:
     """Writes the decoder as `path`, and its weights beside it as `path`.data.
 
     Inputs and outputs are named as optimum names them: `input_ids`, `attention_mask`, `position_ids`,
-    `past_key_values.N.key` and `.value`; `logits`, `present.N.key` and `.value`. Batch, sequence and past length are dynamic,
-    and the past may be empty.
+    `past_key_values.N.key` and `.value`; `logits`, `present.N.key` and `.value`. Batch, sequence and past length are
+    dynamic, and the past may be empty.
     """
     model, parameters = _export_with_markers(shape, opset)
     _draw_on_write(model, [parameter.file_shape for parameter in parameters], seed)
@@ -159,12 +172,13 @@ def _cache_names(prefix: str, shape: LlamaShape) -> list[str]:
 
 
 def _export_with_markers(shape: LlamaShape, opset: int) -> tuple[ir.Model, list[_Parameter]]:
-    """Exports a decoder whose parameters take no memory: parameter number i holds the value i + 1 everywhere, with stride 0.
+    """Exports a decoder whose parameters take no memory: number i holds i + 1 everywhere, with stride 0.
 
     The exporter folds the transposition of each weight, which on a stride-0 tensor costs nothing and keeps the value.
     """
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(shape.config()).eval()
+        model: Any = transformers.LlamaForCausalLM(shape.config())
+    model.eval()
     # What is computed, not trained, must be real.
     model.model.rotary_emb = type(model.model.rotary_emb)(shape.config())
     parameters = list(_parameters(model))
@@ -249,7 +263,10 @@ def _random_tensor(index: int, shape: tuple[int, ...], seed: int, name: str | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a Llama-architecture decoder with random weights as an ONNX model.")
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Writes a Llama-architecture decoder with random weights as an ONNX model."
+    )
     parser.add_argument("output", metavar="OUT.onnx", type=Path)
     for field in dataclasses.fields(LlamaShape):
         flag = "--" + field.name.replace("_", "-")
@@ -263,7 +280,9 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     export(arguments.output, shape, arguments.seed, arguments.opset)
-    print(f"{arguments.output}: {shape.decoder_weights / 1e6:.1f} million weights in {7 * shape.layers} linear layers and a head")
+    print(
+        f"{arguments.output}: {7 * shape.layers} linear layers with {shape.decoder_weights / 1e6:.1f} million weights"
+    )
 
 
 if __name__ == "__main__":

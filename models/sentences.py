@@ -24,7 +24,7 @@ def collect(count: int, seed: int = 0) -> list[str]:
     """
     found = list(_all_sentences())
     if len(found) < count:
-        raise ValueError(f"the standard library's docstrings hold {len(found)} sentences, fewer than the {count} asked for")
+        raise ValueError(f"the standard library's docstrings hold {len(found)} sentences; {count} were asked for")
     return random.Random(seed).sample(found, count)
 
 

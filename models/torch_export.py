@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-# The newest opset whose Llama exports run on every supported ONNX Runtime (opset 23's RotaryEmbedding fails at batch > 1).
+# Opset 23 brings RotaryEmbedding, which fails at batch > 1 in ONNX Runtime 1.31.1; 20 suits every supported version.
 DEFAULT_OPSET = 20
 
 
