@@ -27,7 +27,7 @@ import onnxruntime
 import sparamx_onnx
 
 _POLL_SECONDS = 0.02
-_IDLE_SHARE = 0.01
+_IDLE_SHARE = 0.05
 _LONGEST_WAIT_SECONDS = 5.0
 
 

@@ -25,7 +25,7 @@ def write(path: Path, k: int, n: int, layers: int, sparsity: float, seed: int = 
     data = path.with_name(path.name + ".data")
     nodes, initializers = [], []
     current = "X"
-    if n < k:
+    if n < k and layers > 1:
         nodes.append(helper.make_node("Slice", ["X", "n", "k", "axis"], ["X_tail"]))
     with data.open("wb") as file:
         for layer in range(layers):
@@ -48,8 +48,10 @@ def write(path: Path, k: int, n: int, layers: int, sparsity: float, seed: int = 
                 current = f"X_{layer}"
             else:
                 current = output
-    constants = {"zero": 0, "k": k, "n": n, "axis": 1}
-    initializers += [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in constants.items()]
+    used = {name for node in nodes for name in node.input}
+    for name, value in {"zero": 0, "k": k, "n": n, "axis": 1}.items():
+        if name in used:
+            initializers.append(helper.make_tensor(name, TensorProto.INT64, [1], [value]))
     graph = helper.make_graph(
         nodes,
         "linear_stack",
