@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +14,14 @@ from sparamx_onnx.ops.packing import PackedInfo, PackOptions
 
 Pruner = Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]
 
-# Rows converted together where a weight has to be computed before it is packed.
+# Elements converted together where a weight has to be computed before it is packed.
 _CHUNK_ELEMENTS = 1 << 20
 
 
-class PackedWeight:
-    """The blob of a weight, as a tensor of uint8 [bytes] (an ``onnx_ir.TensorProtocol``).
+class PackedWeight(ir.LazyTensor):
+    """The blob of a weight, as a tensor of uint8 [bytes].
 
-    Neither the dense weight nor the blob is kept: every call of ``numpy`` reads the weight, prunes and packs it anew,
+    Neither the dense weight nor the blob is kept: every use of the values reads the weight, prunes and packs it anew,
     with the same result. ``shape`` needs the blob's size: it is computed on the first use, and for a pruned weight that
     means pruning it; ``write.save`` packs first and asks afterwards.
     """
@@ -45,52 +44,23 @@ class PackedWeight:
             scale: A factor of the weight.
             prune: Sets weights to zero: takes [K, N] float32, float16 or bfloat16 and returns the same shape and dtype.
         """
-        self.name: str | None = name
-        self.doc_string: str | None = None
-        self.metadata_props: dict[str, str] = {}
-        self.meta: dict[str, Any] = {}
+        super().__init__(self._as_tensor, ir.DataType.UINT8, ir.Shape([None]), name=name)
         self.weight = weight
         self.options = options
         self._scale = scale
         self._prune = prune
-        self._info: PackedInfo | None = None
-        self._shape: ir.Shape | None = None
+        self._size: int | None = None
         self._observers: list[Callable[[PackedInfo], None]] = []
 
     @property
-    def dtype(self) -> ir.DataType:
-        """UINT8."""
-        return ir.DataType.UINT8
-
-    @property
-    def shape(self) -> ir.Shape:
+    def shape(self) -> ir.Shape:  # type: ignore[override]  # read-only, as in every tensor of onnx_ir
         """[bytes]."""
-        if self._shape is None:
-            self._shape = ir.Shape([packing.packed_size(self.dense(), self.options)])
-        return self._shape
+        if self._size is None:
+            self._size = packing.packed_size(self.dense(), self.options)
+        return ir.Shape([self._size])
 
     @property
-    def size(self) -> int:
-        """Number of elements."""
-        return int(self.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the blob."""
-        return self.size
-
-    @property
-    def raw(self) -> FoldedConstant:
-        """The dense weight that is packed on demand."""
-        return self.weight
-
-    @property
-    def info(self) -> PackedInfo | None:
-        """What the blob says of itself, once it has been packed."""
-        return self._info
-
-    @property
-    def dense_bytes(self) -> int:
+    def source_bytes(self) -> int:
         """Size of the weight in the input model."""
         return self.weight.tensor.nbytes
 
@@ -108,34 +78,22 @@ class PackedWeight:
         array = self.source()
         return array if self._prune is None else self._prune(array)
 
-    def numpy(self) -> npt.NDArray[np.uint8]:
+    def pack(self) -> npt.NDArray[np.uint8]:
         """The blob, uint8 [bytes].
 
         Raises:
             SparamxError: The weight cannot be read or packed.
         """
-        dense = self.dense()
-        blob = packing.pack(dense, self.options)
-        del dense
-        # Reading the header checks the whole blob: nothing is written that a kernel would refuse.
-        self._info = packing.describe(blob)
-        self._shape = ir.Shape([blob.size])
+        blob = packing.pack(self.dense(), self.options)
+        # Describing checks the whole blob: nothing is written that a kernel would refuse.
+        info = packing.describe(blob)
+        self._size = blob.size
         for observer in self._observers:
-            observer(self._info)
+            observer(info)
         return blob
 
-    def tobytes(self) -> bytes:
-        """The blob."""
-        return self.numpy().tobytes()
-
-    def __array__(self, dtype: Any = None) -> npt.NDArray[Any]:
-        return self.numpy().astype(np.uint8 if dtype is None else dtype, copy=False)
-
-    def __dlpack__(self, *, stream: Any = None) -> Any:
-        return self.numpy().__dlpack__()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)  # the CPU
+    def _as_tensor(self) -> ir.TensorProtocol:
+        return ir.Tensor(self.pack(), name=self.name)
 
     def __repr__(self) -> str:
         return f"PackedWeight(name={self.name!r}, weight={self.weight.name!r}, k_n={self.weight.shape})"

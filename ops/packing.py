@@ -102,6 +102,60 @@ class PackedInfo:
         return 1.0 - self.nnz / size if size else 0.0
 
 
+# docs/format.md: sizes of the header and of a section's entry in the table, the alignment of sections, and the room
+# after the values.
+_HEADER_BYTES = 128
+_SECTION_BYTES = 24
+_ALIGNMENT = 64
+_TAIL_BYTES = 64
+_CODE_BYTES = {WeightType.FP32: 4, WeightType.BF16: 2}
+_TILE_ROWS = 16
+_STRIP = 16
+_RUN_K = 512
+
+
+def expected_size(k: int, n: int, nnz: int, weight_type: WeightType, form: Form = Form.AUTO) -> tuple[int, Form]:
+    """The size of the blob of a matrix that one need not have: from its shape and its number of non-zeros alone.
+
+    Args:
+        k: Rows.
+        n: Columns.
+        nnz: Weights that are not zero in the weight type.
+        weight_type: fp32 or bf16.
+        form: The form; AUTO takes the smaller of the two, as packing does.
+
+    Returns:
+        The size in bytes, and the form that AUTO takes.
+
+    Raises:
+        SparamxError: The weight type is neither.
+    """
+    if weight_type not in _CODE_BYTES:
+        raise SparamxError(f"The size of {weight_type.value} weights cannot be predicted.")
+    code_bytes = _CODE_BYTES[weight_type]
+    tile_k = _TILE_ROWS * 4 // code_bytes
+    strips, tiles = -(-n // _STRIP), -(-k // tile_k)
+    runs = -(-tiles // (_RUN_K // tile_k))
+    padded = strips * tiles * tile_k * _STRIP
+    sections = {Form.SPARSE: [(strips * runs + 1) * 8, padded // 8], Form.DENSE: []}
+    values = {Form.SPARSE: nnz * code_bytes, Form.DENSE: padded * code_bytes}
+    sizes: dict[Form, int] = {}
+    for candidate in (Form.SPARSE, Form.DENSE):
+        # An empty section is left out of the table; the values never are.
+        present = [size for size in sections[candidate] if size]
+        end = _HEADER_BYTES + _SECTION_BYTES * (len(present) + 1)
+        for size in present:
+            end = _aligned(end) + size
+        sizes[candidate] = _aligned(_aligned(end) + values[candidate] + _TAIL_BYTES)
+    if form is Form.AUTO:
+        form = Form.SPARSE if sizes[Form.SPARSE] < sizes[Form.DENSE] else Form.DENSE
+    return sizes[form], form
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 def _matrix(w: npt.NDArray[np.generic]) -> tuple[library.Matrix, npt.NDArray[np.generic]]:
     """The C view of a matrix, and the array that owns what it points to."""
     if w.ndim != 2:

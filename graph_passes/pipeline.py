@@ -1,0 +1,265 @@
+"""The conversion of a model: which passes run, in which order, with which options."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayerFinder
+from sparamx_onnx.graph_passes.packed_weight import PackedWeight
+from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
+from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_because, zeros_wanted
+from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
+from sparamx_onnx.ops import library
+from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.packing import Form, PackOptions, WeightType, expected_size
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in total."""
+
+VERSION_KEY: Final = "sparamx.version"
+"""Key of the model's metadata under which the converter's version stands."""
+
+OPTIONS_KEY: Final = "sparamx.options"
+"""Key of the model's metadata under which the options of the conversion stand, as JSON."""
+
+DEFAULT_SPARSITY: Final = 0.5
+
+# What --only-if-faster asks for. A product with few activations takes as long as its weights take to be read; a gain
+# below a tenth drowns in the difference between two runs.
+_FASTER_BELOW = 0.9
+
+# Elements looked at together when counting zeros: fits the L2 cache.
+_CHUNK = 1 << 18
+
+
+class Method(StrEnum):
+    """How zeros come into the weights."""
+
+    AUTO = "auto"
+    KEEP = "keep"
+    MAGNITUDE = "magnitude"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert, and how.
+
+    Attributes:
+        method: ``auto`` and ``keep`` keep the zeros that are there; ``magnitude`` sets the smallest weights to zero,
+            which takes no calibration data and can ruin a model.
+        sparsity: The share of zeros that pruning aims at, at least 0 and below 1; None takes 0.5. Only for methods that
+            prune.
+        weights: The type of the packed weights: fp32 or bf16.
+        include: Regular expressions; if there are any, only layers that one of them matches are converted. They are
+            searched in the names of the node, of the weight and of the module it came from.
+        exclude: Regular expressions; layers that one of them matches are left alone.
+        only_if_faster: Leave layers alone that would hardly be smaller than the dense weight is in float32.
+        threads: Threads to pack with; 0 takes one per core. The result does not depend on it.
+    """
+
+    method: Method = Method.AUTO
+    sparsity: float | None = None
+    weights: WeightType = WeightType.BF16
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    only_if_faster: bool = False
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses options that contradict each other.
+
+        Raises:
+            SparamxError: Says which and why.
+        """
+        # Plain strings are welcome, as they come from a command line.
+        for name, kind in (("method", Method), ("weights", WeightType)):
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except ValueError:
+                choices = ", ".join(kind)
+                raise SparamxError(f"There is no {name} {getattr(self, name)!r}; there are {choices}.") from None
+        if self.weights not in (WeightType.FP32, WeightType.BF16):
+            raise SparamxError(f"This version packs fp32 and bf16 weights, not {self.weights.value}.")
+        if self.sparsity is not None:
+            if not self.prunes:
+                raise SparamxError(
+                    f"The method {self.method.value} keeps the weights as they are, so it takes no sparsity; "
+                    f"choose the method {Method.MAGNITUDE.value}."
+                )
+            zeros_wanted(0, self.sparsity)
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
+                patterns = (patterns,)
+            object.__setattr__(self, name, tuple(patterns))
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise SparamxError(f"The {name} pattern {pattern!r} is no regular expression: {error}.") from None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the method sets weights to zero."""
+        return self.method is Method.MAGNITUDE
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """The sparsity that pruning aims at; None where nothing is pruned."""
+        return None if not self.prunes else DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    def to_json(self) -> dict[str, object]:
+        """The options that decide about the result, as JSON values."""
+        return {
+            "method": self.method.value,
+            "sparsity": self.target_sparsity,
+            "weights": self.weights.value,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "only_if_faster": self.only_if_faster,
+        }
+
+
+def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = None, *, measure: bool = True) -> Plan:
+    """Rewrites a model in place. No weight is packed yet: ``write.save`` does that, and completes the plan.
+
+    Args:
+        model: The model; external tensors stay on disk.
+        options: What to convert, and how.
+        progress: Called while weights are measured.
+        measure: Read the weights that are to be converted, one at a time, so that the plan tells their non-zeros and
+            sizes. Without it these are None until the model is saved (which is all that a conversion needs), except
+            where pruning determines them or ``only_if_faster`` needs them.
+
+    Returns:
+        The plan: every MatMul, Gemm and relative, with what happens to it and why.
+
+    Raises:
+        SparamxError: A weight cannot be read.
+    """
+    found = list(LinearLayerFinder(model).find())
+    plan = Plan([node.plan for node in found], options.to_json())
+    chosen = list(_choose(found, options))
+    if measure or options.only_if_faster:
+        _measure(chosen, options, progress)
+    if options.only_if_faster:
+        chosen = [candidate for candidate in chosen if _is_faster(candidate.plan)]
+    RewriteMatMulPass(chosen)(model)
+    if chosen:
+        model.metadata_props[VERSION_KEY] = library.version()
+        model.metadata_props[OPTIONS_KEY] = json.dumps(options.to_json(), sort_keys=True)
+    return plan
+
+
+def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]:
+    """The layers that the user wants converted; the plans of the others say why they are not."""
+    include = [re.compile(pattern) for pattern in options.include]
+    exclude = [re.compile(pattern) for pattern in options.exclude]
+    pack_options = PackOptions(weight_type=options.weights, threads=options.threads)
+    sparsity = options.target_sparsity
+    for node in found:
+        layer, plan = node.layer, node.plan
+        if layer is None:
+            continue
+        included = _first_match(include, plan)
+        excluded = _first_match(exclude, plan)
+        if excluded is not None:
+            _leave_alone(plan, Reason.EXCLUDED_BY_USER, f"It is {excluded}.")
+        elif include and included is None:
+            _leave_alone(plan, Reason.NOT_INCLUDED_BY_USER)
+        else:
+            plan.weight_type = options.weights.value
+            chosen = Chosen(layer, plan, pack_options)
+            if sparsity is not None:
+                # A pattern that includes a layer names it.
+                plan.prune_note = "" if included is not None else spared_because(layer)
+                plan.pruned = not plan.prune_note
+            if plan.pruned and sparsity is not None:
+                prune = functools.partial(prune_magnitude, sparsity=sparsity)
+                chosen = Chosen(layer, plan, pack_options, prune, (options.method, sparsity))
+            yield chosen
+
+
+def _first_match(patterns: Iterable[re.Pattern[str]], plan: NodePlan) -> str | None:
+    """The first pattern that is found in a name of a layer."""
+    names = [name for name in (plan.node, plan.weight, plan.scope) if name]
+    return next((pattern.pattern for pattern in patterns if any(pattern.search(name) for name in names)), None)
+
+
+def _leave_alone(plan: NodePlan, reason: Reason, detail: str = "") -> None:
+    plan.action, plan.reason, plan.detail = Action.LEFT_ALONE, reason, detail
+    plan.bias, plan.epilogue, plan.absorbed = False, "none", ()
+    plan.weight_type, plan.pruned, plan.prune_note = None, False, ""
+
+
+def _measure(chosen: list[Chosen], options: ConvertOptions, progress: Progress | None) -> None:
+    """Fills in how many non-zeros the layers have and how large they become; reads each weight once."""
+    known: dict[object, int] = {}
+    total = sum({c.weight_key: _bytes_to_read(c) for c in chosen}.values())
+    done = 0
+    for candidate in chosen:
+        key = candidate.weight_key
+        if key not in known:
+            known[key] = _count_nonzero(candidate, options)
+            done += _bytes_to_read(candidate)
+            if progress is not None and total:
+                progress(done, total)
+        plan, layer = candidate.plan, candidate.layer
+        plan.nnz = known[key]
+        plan.bytes_after, form = expected_size(layer.k, layer.n, known[key], options.weights)
+        if form is Form.DENSE:
+            plan.action, plan.reason = Action.PACKED_DENSE, Reason.PACKED_DENSE
+
+
+def _bytes_to_read(chosen: Chosen) -> int:
+    return 0 if chosen.prune is not None else chosen.layer.weight.tensor.nbytes
+
+
+def _count_nonzero(chosen: Chosen, options: ConvertOptions) -> int:
+    """Weights that are not zero in the type they are packed in; where they are pruned, at most so many."""
+    layer = chosen.layer
+    if chosen.prune is not None:
+        size = layer.k * layer.n
+        return size - zeros_wanted(size, options.target_sparsity or 0.0)
+    return count_nonzero(PackedWeight("", layer.weight, chosen.options, scale=layer.scale).source(), options.weights)
+
+
+def count_nonzero(w: npt.NDArray[np.generic], weight_type: WeightType) -> int:
+    """Counts the weights that are not zero in the type in which they are packed.
+
+    Args:
+        w: float32, float16 or bfloat16, of any shape and strides.
+        weight_type: fp32 or bf16; float32 values too small for bf16 count as zero.
+    """
+    flat = w.transpose(sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))).reshape(-1)
+    bits: npt.NDArray[np.unsignedinteger] = flat.view(np.uint32 if flat.dtype.itemsize == 4 else np.uint16)
+    # Half the smallest bf16 number rounds to zero. Doubling shifts the sign out and leaves twice the magnitude.
+    limit = 0x8000 if weight_type is WeightType.BF16 and bits.dtype == np.uint32 else 0
+    count = 0
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        count += int(np.count_nonzero(np.add(chunk, chunk) > 2 * limit))
+    return count
+
+
+def _is_faster(plan: NodePlan) -> bool:
+    assert plan.k is not None
+    assert plan.n is not None
+    assert plan.bytes_after is not None
+    # ONNX Runtime multiplies in float32, whatever type the file has.
+    if plan.bytes_after <= _FASTER_BELOW * 4 * plan.k * plan.n:
+        return True
+    nnz = plan.nnz
+    _leave_alone(plan, Reason.NOT_FASTER)
+    plan.nnz, plan.bytes_after = nnz, None
+    return False
