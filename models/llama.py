@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,8 +262,8 @@ def _random_tensor(index: int, shape: tuple[int, ...], seed: int, name: str | No
     )
 
 
-def main() -> None:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; `argv` without the program's name."""
     parser = argparse.ArgumentParser(
         description="Writes a Llama-architecture decoder with random weights as an ONNX model."
     )
@@ -273,7 +273,7 @@ def main() -> None:
         parser.add_argument(flag, type=int, default=field.default, help=f"default {field.default}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--opset", type=int, default=torch_export.DEFAULT_OPSET)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     sizes = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(LlamaShape)}
     try:
         shape = LlamaShape(**sizes)

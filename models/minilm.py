@@ -115,12 +115,12 @@ def tokenize(sentences: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     }
 
 
-def main() -> None:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; `argv` without the program's name."""
     parser = argparse.ArgumentParser(description="Writes all-MiniLM-L6-v2 as an ONNX model.")
     parser.add_argument("output", metavar="OUT.onnx", type=Path)
     parser.add_argument("--opset", type=int, default=torch_export.DEFAULT_OPSET)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     export(arguments.output, arguments.opset)
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")
 
