@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -239,16 +240,19 @@ def count_nonzero(w: npt.NDArray[np.generic], weight_type: WeightType) -> int:
 
     Args:
         w: float32, float16 or bfloat16, of any shape and strides.
-        weight_type: fp32 or bf16; float32 values too small for bf16 count as zero.
+        weight_type: fp32 or bf16; in bf16 denormal values count as zero.
     """
     flat = w.transpose(sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))).reshape(-1)
     bits: npt.NDArray[np.unsignedinteger] = flat.view(np.uint32 if flat.dtype.itemsize == 4 else np.uint16)
-    # Half the smallest bf16 number rounds to zero. Doubling shifts the sign out and leaves twice the magnitude.
-    limit = 0x8000 if weight_type is WeightType.BF16 and bits.dtype == np.uint32 else 0
+    # Storing as bf16 makes denormal values zero (those of float16 are normal there). The smallest normal number of
+    # float32 and of bfloat16 is one unit of the exponent.
+    mantissa = {np.dtype(np.float32): 23, np.dtype(ml_dtypes.bfloat16): 7}.get(flat.dtype.newbyteorder("="), 0)
+    smallest = 1 << mantissa if weight_type is WeightType.BF16 else 1
     count = 0
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        count += int(np.count_nonzero(np.add(chunk, chunk) > 2 * limit))
+        # Doubling shifts the sign out and leaves twice the magnitude.
+        count += int(np.count_nonzero(np.add(chunk, chunk) >= 2 * smallest))
     return count
 
 

@@ -175,15 +175,16 @@ def unpack_blob(blob: bytes) -> npt.NDArray[np.float32]:
 
 
 def _section(blob: bytes, header: BlobHeader, identifier: int) -> npt.NDArray[np.uint8]:
-    if identifier not in header.sections:
-        raise SparamxError(f"The packed weight lacks section {identifier}.")
-    offset, size = header.sections[identifier]
+    # An empty section is left out of the table.
+    offset, size = header.sections.get(identifier, (0, 0))
     return np.frombuffer(blob, np.uint8, size, offset)
 
 
 def _check_offsets(offsets: npt.NDArray[np.uint64], bits: npt.NDArray[np.bool_], header: BlobHeader) -> None:
     """Raises unless every offset is the number of values before its run."""
-    tile_counts = bits.reshape(header.strips, header.tiles, -1).sum(axis=2, dtype=np.uint64)
+    tile_counts = bits.reshape(header.strips, header.tiles, TILE_ROWS * STRIP * header.parts).sum(
+        axis=2, dtype=np.uint64
+    )
     per_run = header.run_k // header.tile_k
     padding = header.runs * per_run - header.tiles
     runs = np.pad(tile_counts, ((0, 0), (0, padding))).reshape(header.strips * header.runs, per_run).sum(axis=1)

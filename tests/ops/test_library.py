@@ -1,0 +1,93 @@
+"""Finding, loading and registering the shared library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from sparamx_onnx.ops import library, packing
+from sparamx_onnx.ops.errors import SparamxError
+
+
+def test_the_installed_library_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
+    path = Path(library.get_library_path())
+    assert path.is_absolute()
+    assert path.name == library.LIBRARY_NAME
+    assert path.is_file()
+
+
+def test_the_environment_names_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "mine.so"
+    shutil.copy(library.get_library_path(), copy)
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, str(copy))
+    assert library.get_library_path() == str(copy)
+    assert library.load()._name == str(copy)
+
+
+def test_a_library_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
+    with pytest.raises(SparamxError, match=r"^SPARAMX_LIBRARY names .*none\.so, which is not a file\.$"):
+        library.get_library_path()
+
+
+def test_no_library_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(library, "_installed_places", lambda: iter([Path("/nowhere/lib.so")]))
+    with pytest.raises(SparamxError, match="is not installed with sparamx_onnx"):
+        library.get_library_path()
+
+
+def test_a_file_that_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.so"
+    text.write_text("not a library")
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, str(text))
+    with pytest.raises(SparamxError, match=r"^The shared library .*text\.so cannot be loaded: "):
+        packing.pack(np.ones((2, 2), np.float32), packing.PackOptions())
+    with pytest.raises(SparamxError, match="ONNX Runtime cannot load the shared library"):
+        library.register(onnxruntime.SessionOptions())
+
+
+def test_a_library_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = next(Path(np.__file__).parent.rglob("_multiarray_umath*.so"))
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, str(other))
+    with pytest.raises(SparamxError, match="is not the one of this package"):
+        library.load()
+
+
+def test_registering_twice_does_nothing() -> None:
+    options = onnxruntime.SessionOptions()
+    library.register(options)
+    library.register(options)
+    library.register(onnxruntime.SessionOptions())
+
+
+def test_registering_after_the_user_did() -> None:
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(library.get_library_path())
+    library.register(options)
+
+
+def test_registration_does_not_keep_options_alive() -> None:
+    before = len(library._registered)
+    options = onnxruntime.SessionOptions()
+    library.register(options)
+    assert len(library._registered) == before + 1
+    del options
+    assert len(library._registered) == before
+
+
+def test_cpu_info_names_every_level() -> None:
+    info = library.cpu_info()
+    levels = {level["name"]: level for level in info["levels"]}
+    assert levels["scalar"]["supported"] is True
+    assert info["level"] in levels
+    assert all(level["supported"] or level["reason"] for level in levels.values())
+
+
+def test_version_is_a_version() -> None:
+    assert library.version()[0].isdigit()

@@ -1,0 +1,66 @@
+"""The reference itself, against values known from elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparamx_onnx.ops import reference
+from sparamx_onnx.ops.errors import SparamxError
+
+
+def test_rounding_to_bf16() -> None:
+    smallest = 2.0**-126
+    x = np.array(
+        [1.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8 + 2**-20), smallest, -smallest * 0.999, 1e-45, 3.4e38, np.inf],
+        np.float32,
+    )
+    expected = [1.0, 1.0, 1 + 2**-6, -(1 + 2**-7), smallest, 0.0, 0.0, np.inf, np.inf]
+    np.testing.assert_array_equal(reference.round_to_bf16(x), np.array(expected, np.float32))
+    assert np.isnan(reference.round_to_bf16(np.array([np.nan], np.float32)))[0]
+    assert np.signbit(reference.round_to_bf16(np.array([-1e-40], np.float32)))[0]
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "expected"),
+    [
+        ("none", [-3.0, -0.5, 0.0, 0.5, 3.0]),
+        ("relu", [0.0, 0.0, 0.0, 0.5, 3.0]),
+        # Normal distribution tables: x * Phi(x).
+        ("gelu", [-0.004049694, -0.154268770, 0.0, 0.345731230, 2.995950306]),
+        ("gelu_tanh", [-0.003637392, -0.154285990, 0.0, 0.345714010, 2.996362608]),
+        ("silu", [-0.142277620, -0.188770334, 0.0, 0.311229666, 2.857722380]),
+    ],
+)
+def test_epilogues(epilogue: str, expected: list[float]) -> None:
+    x = np.array([-3.0, -0.5, 0.0, 0.5, 3.0])
+    np.testing.assert_allclose(reference.apply_epilogue(x, epilogue), expected, atol=1e-8)
+
+
+def test_epilogues_far_out() -> None:
+    far = np.array([-1e30, 1e30])
+    for epilogue in ("gelu", "silu", "relu"):
+        np.testing.assert_array_equal(reference.apply_epilogue(far, epilogue), [0.0, 1e30])
+
+
+def test_activations_in_bf16() -> None:
+    x = np.array([[1 + 2**-10, 2.0**-130, 2.0**126]], np.float32)
+    w = np.array([[3.0], [2.0**127], [2.0**-130]], np.float32)
+    assert reference.sparse_amx_matmul(x, w, activations="bf16")[0, 0] == 3.0
+    exact = reference.sparse_amx_matmul(x, w, np.array([1.0], np.float32), activations="fp32")[0, 0]
+    assert exact == np.float32(3.0 * (1 + 2**-10) + 2.0**-3 + 2.0**-4 + 1.0)
+
+
+def test_leading_dimensions() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    w = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
+    assert reference.sparse_amx_matmul(x, w).shape == (2, 3, 4)
+    assert reference.sparse_amx_matmul(x[0, 0], w).shape == (4,)
+
+
+def test_unknown_names() -> None:
+    x, w = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    with pytest.raises(SparamxError, match="'swish'"):
+        reference.sparse_amx_matmul(x, w, epilogue="swish")
+    with pytest.raises(SparamxError, match="'int8'"):
+        reference.sparse_amx_matmul(x, w, activations="int8")
