@@ -8,7 +8,7 @@
 
 #include "format/for_each.h"
 #include "format/packed_format.h"
-#include "runtime/cpu.h"
+#include "runtime/choice.h"
 #include "runtime/matmul.h"
 
 namespace {
@@ -138,8 +138,8 @@ int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_
     Threads pool = {threads};
     matmul.Run(x, m, bias, y, aligned, {Threads::Run, &pool});
     if (path != nullptr && path_size != 0) {
-      const size_t length = std::min(std::strlen(matmul.path()), path_size - 1);
-      std::memcpy(path, matmul.path(), length);
+      const size_t length = std::min(std::strlen(matmul.path(m)), path_size - 1);
+      std::memcpy(path, matmul.path(m), length);
       path[length] = '\0';
     }
     return status;

@@ -152,8 +152,8 @@ const Level kAvx2Level = {
     "avx2",
     kAvx2,
     {
-        {{"avx2", 4, PackRowsFp32, MultiplyStrips<Avx2Fp32>}, {}},
-        {{"avx2", 4, PackRowsFp32, MultiplyStrips<Avx2Bf16>}, {"avx2", 4, PackRowsRounded, MultiplyStrips<Avx2Bf16>}},
+        {{"avx2", 4, 1, PackRowsFp32, MultiplyStrips<Avx2Fp32>}, {}},
+        {{"avx2", 4, 1, PackRowsFp32, MultiplyStrips<Avx2Bf16>}, {"avx2", 4, 1, PackRowsRounded, MultiplyStrips<Avx2Bf16>}},
         {},
         {},
     },

@@ -48,8 +48,8 @@ const Level kAvx512Vbmi2Level = {
     kAvx2 | kAvx512 | kAvx512Vbmi2,
     {
         {},
-        {{"avx512_vbmi2", 4, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>},
-         {"avx512_vbmi2", 4, PackRowsRounded, MultiplyStrips<Vbmi2Bf16>}},
+        {{"avx512_vbmi2", 4, 1, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>},
+         {"avx512_vbmi2", 4, 1, PackRowsRounded, MultiplyStrips<Vbmi2Bf16>}},
         {},
         {},
     },

@@ -35,6 +35,7 @@ struct MatMulJob {
 struct Kernel {
   const char* path;          // as reports name it, e.g. "avx512_bf16"; null: this level lacks the combination
   size_t x_element_bytes;    // of one packed activation
+  size_t x_row_multiple;     // multiply may read packed rows up to this multiple
   // Packs rows [0, rows) of X[rows, k] to out, padded with zeros to padded_k elements a row.
   void (*pack_rows)(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes);
   void (*multiply)(const MatMulJob& job);
@@ -64,5 +65,6 @@ extern const Level kAvx2Level;
 extern const Level kAvx512Level;
 extern const Level kAvx512Vbmi2Level;
 extern const Level kAvx512Bf16Level;
+extern const Level kAmxLevel;
 
 }  // namespace sparamx

@@ -2,6 +2,9 @@
 // itself, padded with zeros to whole tiles. The compiler vectorises these loops for each level's flags.
 #pragma once
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <stddef.h>
 #include <stdint.h>
 
@@ -15,7 +18,7 @@ inline uint32_t RoundedToBf16(uint32_t bits) {
   return magnitude < 0x00800000u ? 0u : finite & 0xffff0000u;
 }
 
-void PackRowsFp32(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+[[maybe_unused]] void PackRowsFp32(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
   for (size_t m = 0; m < rows; ++m) {
     uint8_t* row = static_cast<uint8_t*>(out) + m * out_row_bytes;
     __builtin_memcpy(row, x + m * k, k * sizeof(float));
@@ -23,7 +26,7 @@ void PackRowsFp32(const float* x, size_t rows, size_t k, size_t padded_k, void* 
   }
 }
 
-void PackRowsRounded(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+[[maybe_unused]] void PackRowsRounded(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
   for (size_t m = 0; m < rows; ++m) {
     uint32_t* row = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(out) + m * out_row_bytes);
     for (size_t i = 0; i < k; ++i) {
@@ -34,6 +37,20 @@ void PackRowsRounded(const float* x, size_t rows, size_t k, size_t padded_k, voi
     for (size_t i = k; i < padded_k; ++i) row[i] = 0;
   }
 }
+
+#ifdef __AVX512BF16__
+// Rows of X as bf16. vcvtneps2bf16 rounds to nearest even and takes denormals as zero, as docs/numerics.md says.
+[[maybe_unused]] void PackRowsBf16(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+  for (size_t m = 0; m < rows; ++m) {
+    uint8_t* row = static_cast<uint8_t*>(out) + m * out_row_bytes;
+    for (size_t i = 0; i < padded_k; i += 16) {
+      const size_t there = i >= k ? 0 : k - i < 16 ? k - i : 16;
+      const __m512 v = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << there) - 1), x + m * k + (there ? i : 0));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * i), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace sparamx

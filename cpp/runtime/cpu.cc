@@ -1,7 +1,11 @@
 #include "runtime/cpu.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -47,6 +51,32 @@ uint64_t Detect() {
   return features;
 }
 
+// Linux saves tile registers only for processes that asked (arch_prctl(2), ARCH_REQ_XCOMP_PERM with XFEATURE_XTILEDATA).
+bool PermitAmx() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+struct Detected {
+  uint64_t features = 0;
+  std::string amx_refusal;
+};
+
+const Detected& DetectOnce() {
+  static const Detected detected = [] {
+    Detected d;
+    d.features = Detect();
+    constexpr uint64_t kAmx = kAmxTile | kAmxBf16 | kAmxInt8;
+    if ((d.features & kAmxTile) != 0 && !PermitAmx()) {
+      d.features &= ~kAmx;
+      d.amx_refusal = std::string("the operating system refused AMX to this process (arch_prctl: ") + std::strerror(errno) + ")";
+      std::fprintf(stderr, "sparamx-onnx: %s; using AVX-512 instead\n", d.amx_refusal.c_str());
+    }
+    return d;
+  }();
+  return detected;
+}
+
 struct FeatureName {
   uint64_t bit;
   const char* name;
@@ -56,13 +86,21 @@ constexpr FeatureName kFeatureNames[] = {
     {kAvx512Bf16, "avx512_bf16"}, {kAmxTile, "amx_tile"}, {kAmxBf16, "amx_bf16"},         {kAmxInt8, "amx_int8"},
 };
 
-std::string Quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    if (static_cast<unsigned char>(c) >= 0x20) out += c;
-  }
-  return out + "\"";
+std::string LevelNames() {
+  std::string names;
+  for (const Level* level : Levels()) names += (names.empty() ? "" : ", ") + std::string(level->name);
+  return names;
+}
+
+}  // namespace
+
+uint64_t CpuFeatures() { return DetectOnce().features; }
+
+const std::string& AmxRefusal() { return DetectOnce().amx_refusal; }
+
+bool IsIntelCpu() {
+  const Registers r = Cpuid(0, 0);
+  return r.b == 0x756e6547 && r.d == 0x49656e69 && r.c == 0x6c65746e;  // "GenuineIntel"
 }
 
 std::string CpuName() {
@@ -82,22 +120,16 @@ const char* ForcedLevel() {
   return name == nullptr || *name == '\0' ? nullptr : name;
 }
 
-std::string LevelNames() {
-  std::string names;
-  for (const Level* level : Levels()) names += (names.empty() ? "" : ", ") + std::string(level->name);
+std::vector<std::string> FeatureNames() {
+  std::vector<std::string> names;
+  for (const FeatureName& f : kFeatureNames)
+    if ((CpuFeatures() & f.bit) != 0) names.emplace_back(f.name);
   return names;
-}
-
-}  // namespace
-
-uint64_t CpuFeatures() {
-  static const uint64_t features = Detect();
-  return features;
 }
 
 const std::vector<const Level*>& Levels() {
   static const std::vector<const Level*> levels = {&kScalarLevel, &kAvx2Level, &kAvx512Level, &kAvx512Vbmi2Level,
-                                                   &kAvx512Bf16Level};
+                                                   &kAvx512Bf16Level, &kAmxLevel};
   return levels;
 }
 
@@ -109,10 +141,12 @@ std::string MissingFeatures(uint64_t needed) {
   return names;
 }
 
-Status ChooseLevel(const char* name, const Level** level) {
+Status ChooseLevel(const char* name, const Level** level, bool* forced) {
   const bool from_environment = name == nullptr || std::strcmp(name, "auto") == 0;
   if (from_environment) name = ForcedLevel();
-  if (name == nullptr || std::strcmp(name, "auto") == 0) {
+  const bool by_cpu = name == nullptr || std::strcmp(name, "auto") == 0;
+  if (forced != nullptr) *forced = !by_cpu;
+  if (by_cpu) {
     for (const Level* candidate : Levels())
       if (MissingFeatures(candidate->features).empty()) *level = candidate;
     return {};
@@ -121,47 +155,12 @@ Status ChooseLevel(const char* name, const Level** level) {
   for (const Level* candidate : Levels()) {
     if (std::strcmp(candidate->name, name) != 0) continue;
     const std::string missing = MissingFeatures(candidate->features);
-    if (!missing.empty()) return Status::Unsupported(quoted + " cannot run on this CPU, which lacks " + missing);
+    if (!missing.empty())
+      return Status::Unsupported(quoted + " cannot run here: " + (AmxRefusal().empty() ? "this CPU lacks " + missing : AmxRefusal()));
     *level = candidate;
     return {};
   }
   return Status::Unsupported(quoted + " is not a level of this library (" + LevelNames() + ")");
-}
-
-const Kernel* FindKernel(const Level& level, WeightType type, Activations activations) {
-  const auto& levels = Levels();
-  size_t i = levels.size();
-  while (i > 0 && levels[i - 1] != &level) --i;
-  for (; i > 0; --i) {
-    const Kernel& kernel = levels[i - 1]->kernels[static_cast<int>(type)][static_cast<int>(activations)];
-    if (kernel.path != nullptr) return &kernel;
-  }
-  return nullptr;
-}
-
-std::string CpuInfoJson() {
-  std::string features, levels;
-  for (const FeatureName& f : kFeatureNames)
-    if ((CpuFeatures() & f.bit) != 0) features += (features.empty() ? "" : ", ") + Quoted(f.name);
-  for (const Level* level : Levels()) {
-    const std::string missing = MissingFeatures(level->features);
-    levels += std::string(levels.empty() ? "" : ", ") + "{\"name\": " + Quoted(level->name) + ", \"supported\": " +
-              (missing.empty() ? "true" : "false") + ", \"reason\": " +
-              Quoted(missing.empty() ? "the CPU has all it needs" : "the CPU or the operating system lacks " + missing) + "}";
-  }
-  const Level* chosen = nullptr;
-  const Status status = ChooseLevel(nullptr, &chosen);
-  const char* forced = ForcedLevel();
-  std::string json = "{\"cpu\": " + Quoted(CpuName()) + ", \"features\": [" + features + "], \"levels\": [" + levels + "], \"forced\": " +
-                     (forced ? Quoted(forced) : "null") + ", \"level\": " + (status.ok() ? Quoted(chosen->name) : "null") + ", \"reason\": " +
-                     Quoted(!status.ok() ? status.message : forced ? "SPARAMX_ISA asks for it" : "the highest level that this CPU runs");
-  json += ", \"kernels\": {";
-  if (status.ok()) {
-    const Kernel* fp32 = FindKernel(*chosen, WeightType::kFp32, Activations::kFp32);
-    const Kernel* bf16 = FindKernel(*chosen, WeightType::kBf16, Activations::kBf16);
-    json += "\"fp32\": " + Quoted(fp32->path) + ", \"bf16\": " + Quoted(bf16->path);
-  }
-  return json + "}}";
 }
 
 }  // namespace sparamx

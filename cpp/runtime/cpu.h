@@ -10,8 +10,10 @@
 
 namespace sparamx {
 
-// CpuFeature bits that the CPU has (CPUID) and the operating system saves (XCR0). Asked once per process.
+// CpuFeature bits that the CPU has (CPUID), the operating system saves (XCR0) and, for AMX, permits. Asked once per process.
 uint64_t CpuFeatures();
+
+bool IsIntelCpu();
 
 // All levels of this library, lowest first.
 const std::vector<const Level*>& Levels();
@@ -20,14 +22,18 @@ const std::vector<const Level*>& Levels();
 std::string MissingFeatures(uint64_t needed);
 
 // `name` null or "auto": SPARAMX_ISA if set, else the highest level that the CPU runs. An unknown or unsupported name is an
-// error that names it; no fallback.
-Status ChooseLevel(const char* name, const Level** level);
+// error that names it; no fallback. `forced` (may be null) tells whether somebody asked for the level.
+Status ChooseLevel(const char* name, const Level** level, bool* forced);
 
-// The kernel of a level, or, where the level has none for the combination, that of the next lower one that has. Null where
-// no level has it.
-const Kernel* FindKernel(const Level& level, WeightType type, Activations activations);
+// What `name` null or "auto" falls back to before the CPU decides: SPARAMX_ISA, or null.
+const char* ForcedLevel();
 
-// One JSON document for `sparamx-onnx info`.
-std::string CpuInfoJson();
+std::string CpuName();
+
+// The names of all features that the CPU has.
+std::vector<std::string> FeatureNames();
+
+// Why the operating system refused AMX that the CPU has; empty where it did not.
+const std::string& AmxRefusal();
 
 }  // namespace sparamx

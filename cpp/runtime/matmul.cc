@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "runtime/choice.h"
 #include "runtime/cpu.h"
 
 namespace sparamx {
@@ -13,8 +14,10 @@ namespace {
 constexpr uint64_t kItemBytes = 32 * 1024;
 // More items than threads, as the host does not say how many it has and threads may be unequal.
 constexpr size_t kMaxItems = 64;
-// Rows per pass over the weights: a tile is expanded once for all of them, and their part of X stays in the L2.
-constexpr size_t kPassRows = 512;
+// Rows per pass over the weights: a tile is expanded once for all of them. X is read again for every strip pair, so it
+// should stay in the L2.
+constexpr size_t kMaxPassRows = 512, kMinPassRows = 64;
+constexpr size_t kPassBytes = 1024 * 1024;
 // Multiply-adds that weigh as much as a packed byte from memory: with more rows, smaller pieces are worth a thread.
 constexpr uint64_t kRowsPerByte = 4;
 // Strips are handed out in pairs, as the register blocks of larger M take them.
@@ -26,7 +29,8 @@ size_t PowerOfTwoStride(size_t bytes) { return bytes % 1024 == 0 ? bytes + 64 : 
 
 }  // namespace
 
-// Item i covers row pass i / (strip_items * k_parts), then K part, then a range of strips.
+// Items count row passes first, then K parts, then ranges of strips: passes over the same strips follow each other, while
+// their weights are in the cache.
 struct MatMul::Split {
   size_t passes = 1, pass_rows = 0;
   size_t strip_items = 1;
@@ -34,28 +38,46 @@ struct MatMul::Split {
   size_t items() const { return passes * k_parts * strip_items; }
 };
 
+// How the rows of X lie for a kernel: packed into scratch, or X itself where the kernel takes it as it is.
+struct MatMul::PackedX {
+  bool in_place;
+  size_t padded_k;
+  size_t row_bytes;
+  size_t bytes;  // of scratch
+};
+
 Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& options) {
   Status status = Parse(blob, blob_size, &weights_);
   if (!status.ok()) return status;
-  status = ChooseLevel(options.isa, &level_);
+  status = ChooseLevel(options.isa, &level_, &forced_level_);
   if (!status.ok()) return status;
   const Activations by_default = weights_.type == WeightType::kFp32 ? Activations::kFp32 : Activations::kBf16;
-  kernel_ = FindKernel(*level_, weights_.type, options.default_activations ? by_default : options.activations);
-  if (kernel_ == nullptr) return Status::Invalid("fp32 weights take fp32 activations only");
+  activations_ = options.default_activations ? by_default : options.activations;
+  if (FindKernel(*level_, weights_.type, activations_) == nullptr) return Status::Invalid("fp32 weights take fp32 activations only");
   epilogue_ = options.epilogue;
-  padded_k_ = weights_.tiles * TileK(weights_.type);
-  x_row_bytes_ = PowerOfTwoStride(RoundUp(padded_k_ * kernel_->x_element_bytes, 64));
-  const bool exact = weights_.type == WeightType::kFp32 || (!options.default_activations && options.activations == Activations::kFp32);
-  uses_x_in_place_ = exact && padded_k_ == weights_.k;
-  if (uses_x_in_place_) x_row_bytes_ = weights_.k * sizeof(float);
   return {};
+}
+
+const Kernel& MatMul::KernelFor(size_t rows) const {
+  return *ChooseKernel(*level_, forced_level_, weights_.type, activations_, rows);
+}
+
+MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
+  const Kernel& kernel = KernelFor(rows);
+  const size_t padded_k = weights_.tiles * TileK(weights_.type);
+  if (activations_ == Activations::kFp32 && padded_k == weights_.k) return {true, padded_k, weights_.k * sizeof(float), 0};
+  const size_t row_bytes = PowerOfTwoStride(RoundUp(padded_k * kernel.x_element_bytes, 64));
+  return {false, padded_k, row_bytes, RoundUp(RoundUp(rows, kernel.x_row_multiple) * row_bytes, 64)};
 }
 
 // Depends on the shape alone, so that neither threads nor values change the order of summation.
 MatMul::Split MatMul::SplitFor(size_t rows) const {
   Split split;
-  split.passes = CeilDiv(rows, kPassRows);
-  split.pass_rows = CeilDiv(rows, split.passes);
+  const size_t fitting = kPassBytes / std::max<size_t>(1, PackedXFor(rows).row_bytes) / kMinPassRows * kMinPassRows;
+  const size_t most_rows = std::min(kMaxPassRows, std::max(kMinPassRows, fitting));
+  split.passes = CeilDiv(rows, most_rows);
+  split.pass_rows = std::min(rows, RoundUp(CeilDiv(rows, split.passes), KernelFor(rows).x_row_multiple));
+  split.passes = CeilDiv(rows, split.pass_rows);
   const uint64_t bytes = static_cast<uint64_t>(weights_.strips) * weights_.tiles * kTileRows * kTileRowBytes / 2;
   const uint64_t work = bytes * (1 + split.pass_rows / kRowsPerByte);
   const size_t wanted = static_cast<size_t>(std::min<uint64_t>(kMaxItems, std::max<uint64_t>(1, work / kItemBytes)));
@@ -69,10 +91,9 @@ MatMul::Split MatMul::SplitFor(size_t rows) const {
 }
 
 size_t MatMul::ScratchBytes(size_t rows) const {
-  const size_t x_bytes = uses_x_in_place_ ? 0 : rows * x_row_bytes_;
-  const size_t parts = SplitFor(std::max<size_t>(rows, 1)).k_parts;
-  const size_t partial = parts == 1 ? 0 : parts * rows * weights_.n * sizeof(float);
-  return RoundUp(x_bytes, 64) + partial;
+  if (rows == 0) return 0;
+  const size_t parts = SplitFor(rows).k_parts;
+  return PackedXFor(rows).bytes + (parts == 1 ? 0 : parts * rows * weights_.n * sizeof(float));
 }
 
 namespace {
@@ -104,7 +125,7 @@ size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
 struct Call {
   const Kernel* kernel;
   MatMulJob job;  // of the whole matrix; items narrow it
-  size_t total_rows, pass_rows, strip_items, k_parts;
+  size_t total_rows, passes, pass_rows, strip_items, k_parts;
   size_t partial_floats;  // per K part
   const float* x;
   size_t k, padded_k, pack_rows;
@@ -121,7 +142,7 @@ void MultiplyItem(void* user, size_t item) {
   const Call& c = *static_cast<const Call*>(user);
   MatMulJob job = c.job;
   const PackedView& w = *job.weights;
-  const size_t strip_item = item % c.strip_items, part = item / c.strip_items % c.k_parts, pass = item / c.strip_items / c.k_parts;
+  const size_t pass = item % c.passes, part = item / c.passes % c.k_parts, strip_item = item / c.passes / c.k_parts;
   const size_t first_row = pass * c.pass_rows;
   job.rows = std::min(c.pass_rows, c.total_rows - first_row);
   job.x = static_cast<const uint8_t*>(job.x) + first_row * job.x_row_bytes;
@@ -144,18 +165,20 @@ void MatMul::Run(const float* x, size_t rows, const float* bias, float* y, void*
     return level_->finish(y, n, rows, n, bias, epilogue_);
   }
   const Split split = SplitFor(rows);
+  const PackedX packed = PackedXFor(rows);
   Call c = {};
-  c.kernel = kernel_;
+  c.kernel = &KernelFor(rows);
   c.total_rows = rows;
+  c.passes = split.passes;
   c.pass_rows = split.pass_rows;
   c.strip_items = split.strip_items;
   c.k_parts = split.k_parts;
   c.x = x;
   c.k = weights_.k;
-  c.padded_k = padded_k_;
+  c.padded_k = packed.padded_k;
   c.job.weights = &weights_;
-  c.job.x = uses_x_in_place_ ? static_cast<const void*>(x) : scratch;
-  c.job.x_row_bytes = x_row_bytes_;
+  c.job.x = packed.in_place ? static_cast<const void*>(x) : scratch;
+  c.job.x_row_bytes = packed.row_bytes;
   c.job.y = y;
   c.job.y_stride = n;
   c.job.finish = split.k_parts == 1;
@@ -166,11 +189,13 @@ void MatMul::Run(const float* x, size_t rows, const float* bias, float* y, void*
     if (count == 1) return body(&c, 0);
     parallel.run(parallel.host, count, body, &c);
   };
-  if (!uses_x_in_place_) {
+  if (!packed.in_place) {
     c.pack_rows = rows * c.k <= kSerialPackElements ? rows : std::max<size_t>(1, CeilDiv(kSerialPackElements, c.k));
     run(CeilDiv(rows, c.pack_rows), PackItem);
+    const size_t used = rows * packed.row_bytes;
+    std::memset(static_cast<uint8_t*>(scratch) + used, 0, packed.bytes - used);
   }
-  float* partial = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + RoundUp(uses_x_in_place_ ? 0 : rows * x_row_bytes_, 64));
+  float* partial = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + packed.bytes);
   if (split.k_parts > 1) {
     c.job.y = partial;
     c.partial_floats = rows * n;

@@ -35,18 +35,21 @@ class MatMul {
   void Run(const float* x, size_t rows, const float* bias, float* y, void* scratch, const ParallelFor& parallel) const noexcept;
 
   const PackedView& weights() const { return weights_; }
-  const char* path() const { return kernel_->path; }
+  // The name of the kernel that runs for M = rows.
+  const char* path(size_t rows) const { return KernelFor(rows).path; }
 
  private:
   struct Split;
+  struct PackedX;
+  const Kernel& KernelFor(size_t rows) const;
   Split SplitFor(size_t rows) const;
+  PackedX PackedXFor(size_t rows) const;
 
   PackedView weights_ = {};
   const Level* level_ = nullptr;
-  const Kernel* kernel_ = nullptr;
+  bool forced_level_ = false;
+  Activations activations_ = Activations::kFp32;
   Epilogue epilogue_ = Epilogue::kNone;
-  bool uses_x_in_place_ = false;
-  size_t padded_k_ = 0, x_row_bytes_ = 0;
 };
 
 }  // namespace sparamx

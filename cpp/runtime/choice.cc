@@ -1,0 +1,108 @@
+#include "runtime/choice.h"
+
+#include <vector>
+
+#include "runtime/cpu.h"
+
+namespace sparamx {
+namespace {
+
+enum class Vendor { kAny, kIntel };
+
+// Where the highest level of the CPU is `best` and M lies in [first_rows, last_rows], `level` is faster.
+struct Rule {
+  const Level* best;
+  Vendor vendor;
+  WeightType type;
+  Activations activations;
+  size_t first_rows, last_rows;
+  const Level* level;
+};
+
+constexpr size_t kAnyRows = ~static_cast<size_t>(0);
+
+// Filled from measurements, see docs/performance.md.
+//  - Intel's vdpbf16ps does one product of 512 bits in 2.1 cycles, fp32 FMA two a cycle: FMA is faster at every M, although
+//    bf16 weights must be widened.
+//  - With AMX there is no rule: even one row runs faster through the tiles, which leave the vector ports to the expansion.
+const Rule kRules[] = {
+    {&kAvx512Bf16Level, Vendor::kIntel, WeightType::kBf16, Activations::kBf16, 1, kAnyRows, &kAvx512Vbmi2Level},
+};
+
+std::string Quoted(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    if (static_cast<unsigned char>(c) >= 0x20) out += c;
+  }
+  return out + "\"";
+}
+
+std::string LevelsJson() {
+  std::string levels;
+  for (const Level* level : Levels()) {
+    const std::string missing = MissingFeatures(level->features);
+    const std::string reason = missing.empty()                                     ? "the CPU has all it needs"
+                               : level == &kAmxLevel && !AmxRefusal().empty() ? AmxRefusal()
+                                                                              : "the CPU or the operating system lacks " + missing;
+    levels += std::string(levels.empty() ? "" : ", ") + "{\"name\": " + Quoted(level->name) + ", \"supported\": " +
+              (missing.empty() ? "true" : "false") + ", \"reason\": " + Quoted(reason) + "}";
+  }
+  return "[" + levels + "]";
+}
+
+// Kernel by M, with runs of equal choices shortened to where they begin: {"1": "avx512_bf16", "2": "amx"}.
+std::string KernelsJson(const Level& level, bool forced, WeightType type, Activations activations) {
+  std::string json;
+  const char* last = nullptr;
+  for (size_t rows = 1; rows <= 512; ++rows) {
+    const char* path = ChooseKernel(level, forced, type, activations, rows)->path;
+    if (last != nullptr && std::string(last) == path) continue;
+    json += (json.empty() ? "" : ", ") + Quoted(std::to_string(rows)) + ": " + Quoted(path);
+    last = path;
+  }
+  return "{" + json + "}";
+}
+
+}  // namespace
+
+const Kernel* FindKernel(const Level& level, WeightType type, Activations activations) {
+  const auto& levels = Levels();
+  size_t i = levels.size();
+  while (i > 0 && levels[i - 1] != &level) --i;
+  for (; i > 0; --i) {
+    const Kernel& kernel = levels[i - 1]->kernels[static_cast<int>(type)][static_cast<int>(activations)];
+    if (kernel.path != nullptr) return &kernel;
+  }
+  return nullptr;
+}
+
+const Kernel* ChooseKernel(const Level& level, bool forced, WeightType type, Activations activations, size_t rows) {
+  if (!forced) {
+    for (const Rule& r : kRules) {
+      if (r.best != &level || r.type != type || r.activations != activations) continue;
+      if (r.vendor == Vendor::kIntel && !IsIntelCpu()) continue;
+      if (rows >= r.first_rows && rows <= r.last_rows) return FindKernel(*r.level, type, activations);
+    }
+  }
+  return FindKernel(level, type, activations);
+}
+
+std::string CpuInfoJson() {
+  std::string features;
+  for (const std::string& name : FeatureNames()) features += (features.empty() ? "" : ", ") + Quoted(name);
+  const Level* level = nullptr;
+  bool forced = false;
+  const Status status = ChooseLevel(nullptr, &level, &forced);
+  std::string json = "{\"cpu\": " + Quoted(CpuName()) + ", \"features\": [" + features + "], \"levels\": " + LevelsJson();
+  const char* name = ForcedLevel();
+  json += ", \"forced\": " + (name ? Quoted(name) : "null") + ", \"level\": " + (status.ok() ? Quoted(level->name) : "null");
+  json += ", \"reason\": " + Quoted(!status.ok() ? status.message : forced ? "SPARAMX_ISA asks for it" : "the highest level that this CPU runs");
+  json += ", \"kernels\": {";
+  if (status.ok())
+    json += "\"fp32\": " + KernelsJson(*level, forced, WeightType::kFp32, Activations::kFp32) + ", \"bf16\": " +
+            KernelsJson(*level, forced, WeightType::kBf16, Activations::kBf16);
+  return json + "}}";
+}
+
+}  // namespace sparamx

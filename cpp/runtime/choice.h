@@ -1,0 +1,21 @@
+// Which kernel for which weight type and M: the one table of that choice.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "kernels/kernel_table.h"
+
+namespace sparamx {
+
+// The kernel of a level, or, where the level has none for the combination, that of the next lower one that has. Null where
+// no level has it.
+const Kernel* FindKernel(const Level& level, WeightType type, Activations activations);
+
+// The kernel for M = rows: by the table, or, where somebody forced the level, that level's own (FindKernel).
+const Kernel* ChooseKernel(const Level& level, bool forced, WeightType type, Activations activations, size_t rows);
+
+// One JSON document for `sparamx-onnx info`: CPU, features, levels with reasons, and the choice per weight type and M.
+std::string CpuInfoJson();
+
+}  // namespace sparamx
