@@ -85,10 +85,11 @@ def export(path: str | Path, opset: int = torch_export.DEFAULT_OPSET) -> None:
     Output `sentence_embedding`: float32 [batch, 384], L2-normalised.
     """
     axes = {0: "batch", 1: "sequence"}
-    example = torch.ones((2, 8), dtype=torch.int64)
+    # One tensor each: the exporter takes two arguments that are the same object for one input.
+    examples = tuple(torch.ones((2, 8), dtype=torch.int64) for _ in INPUT_NAMES)
     model = torch_export.export(
         build(),
-        (example, example, torch.zeros_like(example)),
+        examples,
         (axes, axes, axes),
         INPUT_NAMES,
         [OUTPUT_NAME],
