@@ -1,0 +1,474 @@
+"""Which nodes are linear layers: every spelling that is taken gives the same numbers, every other has its reason."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sparamx_onnx.graph_passes.linear_layers import LinearLayerFinder, scope_of
+from sparamx_onnx.graph_passes.plan import Action, Reason
+
+K, N = 70, 45
+node = helper.make_node
+EXACT = 1e-5
+
+
+def _x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _find(proto: onnx.ModelProto) -> list:
+    return list(LinearLayerFinder(ir.from_proto(proto)).find())
+
+
+# --- what is taken --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K), (2, 1, 3, K)])
+def test_matmul_of_any_rank(workbench, make_model, sparse, shape) -> None:
+    proto = make_model([node("MatMul", ["x", "w"], ["y"])], {"x": shape}, ["y"], {"w": sparse((K, N))})
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    assert converted.attributes("y") == {"K": K, "N": N}
+    assert converted.initializers == {"w.sparamx"}
+    assert converted.error({"x": _x(*shape)}) <= EXACT
+
+
+@pytest.mark.parametrize("bias_first", [False, True])
+@pytest.mark.parametrize("bias_shape", [(N,), (1,), (), (1, N), (1, 1, N), (1, 1)])
+def test_bias_add(workbench, make_model, sparse, bias_shape, bias_first) -> None:
+    operands = ["b", "m"] if bias_first else ["m", "b"]
+    proto = make_model(
+        [node("MatMul", ["x", "w"], ["m"]), node("Add", operands, ["y"])],
+        {"x": (2, 3, K)},
+        ["y"],
+        {"w": sparse((K, N)), "b": _x(*bias_shape)},
+    )
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    (name,) = converted.initializers - {"w.sparamx"}
+    assert name == ("b" if bias_shape == (N,) else "b.sparamx")
+    plan = converted.node("m")
+    assert plan.bias
+    assert plan.absorbed == ("y",)
+    assert converted.error({"x": _x(2, 3, K)}) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "bias_shape"),
+    [((3, K), (2, 1, N)), ((3, K), (3, N)), ((3, K), (3, 1)), ((K,), (1, N)), (None, (1, N))],
+    ids=str,
+)
+def test_adds_that_are_no_bias(workbench, make_model, sparse, x_shape, bias_shape) -> None:
+    proto = make_model(
+        [node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["y"])],
+        {"x": x_shape},
+        ["y"],
+        {"w": sparse((K, N)), "b": _x(*bias_shape)},
+    )
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul", "Add"]
+    assert not converted.node("m").bias
+    assert converted.error({"x": _x(*(x_shape or (3, K)))}) <= EXACT
+
+
+def test_an_add_of_activations_is_no_bias(workbench, make_model, sparse) -> None:
+    proto = make_model(
+        [node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "x"], ["y"])], {"x": (2, K)}, ["y"], {"w": sparse((K, K))}
+    )
+    assert workbench.convert(proto).op_types == ["SparseAMXMatMul", "Add"]
+
+
+def test_a_product_that_is_used_twice_keeps_its_add(workbench, make_model, sparse) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["a"]), node("Mul", ["a", "m"], ["y"])]
+    proto = make_model(nodes, {"x": (2, K)}, ["y"], {"w": sparse((K, N)), "b": _x(N)})
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul", "Add", "Mul"]
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+def test_a_product_that_is_an_output_keeps_its_add(workbench, make_model, sparse) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["y"])]
+    proto = make_model(nodes, {"x": (2, K)}, ["y", "m"], {"w": sparse((K, N)), "b": _x(N)})
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul", "Add"]
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+@pytest.mark.parametrize("trans_b", [0, 1])
+@pytest.mark.parametrize("c_shape", [None, (N,), (1, N), (), (1,), (1, 1)])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0), (-1.7, 0.0)])
+def test_gemm(workbench, make_model, sparse, trans_b, c_shape, alpha, beta) -> None:
+    inputs = ["x", "w"] if c_shape is None else ["x", "w", "c"]
+    w = sparse((N, K) if trans_b else (K, N))
+    proto = make_model(
+        [node("Gemm", inputs, ["y"], transB=trans_b, alpha=alpha, beta=beta)],
+        {"x": (4, K)},
+        ["y"],
+        {"w": w} if c_shape is None else {"w": w, "c": _x(*c_shape)},
+    )
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    assert converted.node("y").bias == (c_shape is not None and beta != 0)
+    assert converted.node("y").nnz == np.count_nonzero(w)
+    assert converted.error({"x": _x(4, K)}) <= EXACT
+
+
+def test_gemm_without_c_takes_an_add(workbench, make_model, sparse) -> None:
+    nodes = [node("Gemm", ["x", "w", ""], ["m"], transB=1), node("Add", ["b", "m"], ["y"])]
+    proto = make_model(nodes, {"x": (4, K)}, ["y"], {"w": sparse((N, K)), "b": _x(N)})
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    assert converted.error({"x": _x(4, K)}) <= EXACT
+
+
+def test_weight_and_bias_as_constant_nodes(workbench, make_model, sparse) -> None:
+    nodes = [
+        node("Constant", [], ["w"], value=numpy_helper.from_array(sparse((K, N)))),
+        node("MatMul", ["x", "w"], ["m"]),
+        # After the product: the sparse operator has to stand behind it.
+        node("Constant", [], ["b"], value=numpy_helper.from_array(_x(N))),
+        node("Add", ["m", "b"], ["y"]),
+    ]
+    converted = workbench.convert(make_model(nodes, {"x": (2, K)}, ["y"], {}))
+    assert converted.op_types == ["Constant", "SparseAMXMatMul"]
+    assert converted.initializers == {"w.sparamx"}
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+@pytest.mark.parametrize("source", [np.float16, np.float64, "bfloat16"])
+def test_weights_behind_a_cast(workbench, make_model, sparse, source) -> None:
+    w = sparse((N, K))
+    if source == "bfloat16":
+        tensor = helper.make_tensor("w", TensorProto.BFLOAT16, w.shape, w.ravel())
+    else:
+        tensor = numpy_helper.from_array(w.astype(source), "w")
+    nodes = [
+        node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
+        node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+        node("MatMul", ["x", "turned"], ["y"]),
+    ]
+    proto = make_model(nodes, {"x": (2, K)}, ["y"], {})
+    proto.graph.initializer.append(tensor)
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    assert converted.initializers == {"w.sparamx"}
+    assert converted.node("y").bytes_before == w.size * {np.float64: 8}.get(source, 2)
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+def test_a_cast_that_loses_precision_is_kept_in_mind(workbench, make_model, sparse) -> None:
+    nodes = [
+        node("Cast", ["w"], ["half"], to=TensorProto.FLOAT16),
+        node("Cast", ["half"], ["wide"], to=TensorProto.FLOAT),
+        node("MatMul", ["x", "wide"], ["y"]),
+    ]
+    proto = make_model(nodes, {"x": (2, K)}, ["y"], {"w": sparse((K, N))})
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    assert converted.error({"x": _x(2, K)}) <= 1e-6
+
+
+def test_chains_of_identity_and_transpose(workbench, make_model, sparse) -> None:
+    nodes = [
+        node("Identity", ["w"], ["w1"]),
+        node("Transpose", ["w1"], ["w2"]),
+        node("Identity", ["w2"], ["w3"]),
+        node("Transpose", ["w3"], ["w4"], perm=[1, 0]),
+        node("MatMul", ["x", "w4"], ["m"]),
+        node("Identity", ["b"], ["b1"]),
+        node("Add", ["m", "b1"], ["y"]),
+    ]
+    converted = workbench.convert(make_model(nodes, {"x": (2, K)}, ["y"], {"w": sparse((K, N)), "b": _x(N)}))
+    assert converted.op_types == ["SparseAMXMatMul"]
+    assert converted.initializers == {"w.sparamx", "b"}
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+@pytest.mark.parametrize("ir_version", [3, 4, 8])
+def test_initializers_listed_as_inputs(workbench, make_model, sparse, open_session, ir_version) -> None:
+    """Before IR version 4 every initializer was; from then on it means that a caller may replace it."""
+    listed = [
+        helper.make_tensor_value_info("w", TensorProto.FLOAT, (K, N)),
+        helper.make_tensor_value_info("b", TensorProto.FLOAT, (N,)),
+    ]
+    proto = make_model(
+        [node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["y"])],
+        {"x": (2, K)},
+        ["y"],
+        {"w": sparse((K, N)), "b": _x(N)},
+        opset=9,
+        ir_version=ir_version,
+        extra_inputs=listed,
+    )
+    del proto.opset_import[1:]
+    converted = workbench.convert(proto)
+    if ir_version < 4:
+        assert converted.op_types == ["SparseAMXMatMul"]
+        assert [i.name for i in converted.proto.graph.input] == ["x", "b", "w.sparamx"]
+        assert [i.name for i in open_session(converted.path).get_inputs()] == ["x"]
+    else:
+        assert converted.op_types == ["MatMul", "Add"]
+        assert converted.node("m").reason is Reason.WEIGHT_IS_GRAPH_INPUT
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
+    w = sparse((K, N))
+    x = {"x": (2, K)}
+    quantized = {"q": np.ones((K, N), np.int8), "s": np.array(0.1, np.float32), "z": np.array(0, np.int8)}
+    return {
+        Reason.TWO_ACTIVATIONS: [
+            make_model([node("MatMul", ["x", "z"], ["y"])], {"x": (2, K), "z": (K, N)}, ["y"], {}),
+            make_model(
+                [node("Transpose", ["z"], ["t"]), node("MatMul", ["x", "t"], ["y"])],
+                {"x": (2, K), "z": (N, K)},
+                ["y"],
+                {},
+            ),
+            make_model(
+                [node("Mul", ["z", "w"], ["t"]), node("MatMul", ["x", "t"], ["y"])],
+                {"x": (2, K), "z": (K, N)},
+                ["y"],
+                {"w": w},
+            ),
+        ],
+        Reason.WEIGHT_NOT_CONSTANT: [
+            make_model(
+                [node("Mul", ["w", "two"], ["t"]), node("MatMul", ["x", "t"], ["y"])],
+                x,
+                ["y"],
+                {"w": w, "two": np.array(2, np.float32)},
+            ),
+            make_model(
+                [node("Cast", ["i"], ["t"], to=TensorProto.FLOAT), node("MatMul", ["x", "t"], ["y"])],
+                x,
+                ["y"],
+                {"i": np.ones((K, N), np.int32)},
+            ),
+        ],
+        Reason.WEIGHT_IS_GRAPH_INPUT: [
+            make_model(
+                [node("MatMul", ["x", "w"], ["y"])],
+                x,
+                ["y"],
+                {"w": w},
+                extra_inputs=[helper.make_tensor_value_info("w", TensorProto.FLOAT, (K, N))],
+            ),
+            make_model(
+                [node("Transpose", ["w"], ["t"]), node("MatMul", ["x", "t"], ["y"])],
+                x,
+                ["y"],
+                {"w": sparse((N, K))},
+                extra_inputs=[helper.make_tensor_value_info("w", TensorProto.FLOAT, (N, K))],
+            ),
+        ],
+        Reason.WEIGHT_ON_LEFT: [
+            make_model([node("MatMul", ["w", "x"], ["y"])], {"x": (N, 5)}, ["y"], {"w": w}),
+        ],
+        Reason.WEIGHT_NOT_2D: [
+            make_model([node("MatMul", ["x", "v"], ["y"])], x, ["y"], {"v": _x(K)}),
+            make_model([node("MatMul", ["x", "e"], ["y"])], x, ["y"], {"e": sparse((3, K, N))}),
+        ],
+        Reason.EMPTY_WEIGHT: [
+            make_model([node("MatMul", ["x", "w"], ["y"])], x, ["y"], {"w": np.zeros((K, 0), np.float32)}),
+            make_model([node("MatMul", ["x", "w"], ["y"])], {"x": (2, 0)}, ["y"], {"w": np.zeros((0, N), np.float32)}),
+        ],
+        Reason.CONSTANT_EXPRESSION: [
+            make_model(
+                [node("MatMul", ["c", "w"], ["m"]), node("Add", ["m", "x"], ["y"])],
+                {"x": (2, N)},
+                ["y"],
+                {"w": w, "c": _x(2, K)},
+            ),
+        ],
+        Reason.QUANTIZED_WEIGHT: [
+            make_model(
+                [node("DequantizeLinear", ["q", "s", "z"], ["t"]), node("MatMul", ["x", "t"], ["y"])],
+                x,
+                ["y"],
+                quantized,
+            ),
+        ],
+        Reason.UNSUPPORTED_DTYPE: [
+            make_model(
+                [node("MatMul", ["x", "w"], ["y"])],
+                x,
+                ["y"],
+                {"w": w.astype(np.float16)},
+                element_type=TensorProto.FLOAT16,
+            ),
+            make_model(
+                [node("Gemm", ["x", "w"], ["y"])],
+                x,
+                ["y"],
+                {"w": w.astype(np.float64)},
+                element_type=TensorProto.DOUBLE,
+            ),
+        ],
+        Reason.UNSUPPORTED_ATTRIBUTES: [
+            make_model([node("Gemm", ["x", "w"], ["y"], transA=1)], {"x": (K, 2)}, ["y"], {"w": w}),
+        ],
+        Reason.UNSUPPORTED_BIAS: [
+            make_model([node("Gemm", ["x", "w", "c"], ["y"])], {**x, "c": (N,)}, ["y"], {"w": w}),
+            make_model([node("Gemm", ["x", "w", "c"], ["y"])], x, ["y"], {"w": w, "c": _x(2, N)}),
+            make_model([node("Gemm", ["x", "w", "c"], ["y"])], x, ["y"], {"w": w, "c": _x(2, 1)}),
+        ],
+        Reason.UNSUPPORTED_OPERATOR: [
+            make_model([node("Einsum", ["x", "w"], ["y"], equation="mk,kn->mn")], x, ["y"], {"w": w}),
+            make_model([node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", alpha=2.0)], x, ["y"], {"w": w}),
+        ],
+    }
+
+
+REFUSED = [
+    Reason.TWO_ACTIVATIONS,
+    Reason.WEIGHT_NOT_CONSTANT,
+    Reason.WEIGHT_IS_GRAPH_INPUT,
+    Reason.WEIGHT_ON_LEFT,
+    Reason.WEIGHT_NOT_2D,
+    Reason.EMPTY_WEIGHT,
+    Reason.CONSTANT_EXPRESSION,
+    Reason.QUANTIZED_WEIGHT,
+    Reason.UNSUPPORTED_DTYPE,
+    Reason.UNSUPPORTED_ATTRIBUTES,
+    Reason.UNSUPPORTED_BIAS,
+    Reason.UNSUPPORTED_OPERATOR,
+]
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals_leave_the_model_as_it_was(workbench, make_model, sparse, reason) -> None:
+    for index, proto in enumerate(_refusals(make_model, sparse)[reason]):
+        converted = workbench.convert(proto, name=f"{index}.onnx")
+        (plan,) = converted.plan
+        assert plan.action is Action.LEFT_ALONE
+        assert plan.reason is reason
+        assert plan.text.endswith(".")
+        assert list(converted.proto.graph.node) == list(proto.graph.node)
+        assert converted.initializers == {i.name for i in proto.graph.initializer}
+        assert converted.proto.opset_import == proto.opset_import
+        assert not converted.proto.metadata_props
+
+
+def test_shapes_that_do_not_fit(make_model, sparse) -> None:
+    """Not a valid model: ONNX Runtime would refuse it, so it must not be made to look right."""
+    wrong = make_model([node("MatMul", ["x", "w"], ["y"])], {"x": (2, K + 1)}, ["y"], {"w": sparse((K, N))})
+    (found,) = _find(wrong)
+    assert found.layer is None
+    assert found.plan.reason is Reason.INCONSISTENT_SHAPES
+    missing = make_model([node("MatMul", ["x", ""], ["y"])], {"x": (2, K)}, ["y"], {})
+    assert _find(missing)[0].plan.reason is Reason.INCONSISTENT_SHAPES
+    turned = make_model(
+        [node("Transpose", ["w"], ["t"], perm=[0, 2, 1]), node("MatMul", ["x", "t"], ["y"])],
+        {"x": (2, K)},
+        ["y"],
+        {"w": sparse((K, N))},
+    )
+    assert _find(turned)[0].plan.reason is Reason.INCONSISTENT_SHAPES
+
+
+def test_a_cycle_does_not_hang(make_model) -> None:
+    nodes = [node("Identity", ["b"], ["a"]), node("Identity", ["a"], ["b"]), node("MatMul", ["x", "a"], ["y"])]
+    (found,) = _find(make_model(nodes, {"x": (2, K)}, ["y"], {}))
+    assert found.layer is None
+
+
+def test_quantized_operators_are_reported(make_model) -> None:
+    nodes = [node("MatMulInteger", ["x", "q"], ["y"])]
+    proto = make_model(nodes, {"x": (2, K)}, ["y"], {"q": np.ones((K, N), np.int8)})
+    (found,) = _find(proto)
+    assert found.plan.reason is Reason.QUANTIZED_WEIGHT
+    assert found.plan.weight == "q"
+    assert found.plan.bytes_before == K * N
+    without_weight = make_model([node("MatMulInteger", ["x", "z"], ["y"])], {"x": (2, K), "z": (K, N)}, ["y"], {})
+    assert _find(without_weight) == []
+
+
+# --- bodies and functions -------------------------------------------------------------------------------------------
+
+
+def _if_model(make_model, sparse, weight_inside: bool) -> onnx.ModelProto:
+    w = numpy_helper.from_array(sparse((K, N)), "w")
+    bodies = {}
+    for branch in ("then", "else"):
+        nodes = [node("MatMul", ["x", "w"], [f"m_{branch}"], name=f"m_{branch}")]
+        nodes.append(node("Relu" if branch == "then" else "Neg", [f"m_{branch}"], [f"r_{branch}"], name=branch))
+        output = helper.make_tensor_value_info(f"r_{branch}", TensorProto.FLOAT, None)
+        bodies[branch] = helper.make_graph(nodes, branch, [], [output], [w] if weight_inside else [])
+    return make_model(
+        [node("If", ["c"], ["y"], name="choice", then_branch=bodies["then"], else_branch=bodies["else"])],
+        {"x": (2, K)},
+        ["y"],
+        {} if weight_inside else {"w": sparse((K, N))},
+        extra_inputs=[helper.make_tensor_value_info("c", TensorProto.BOOL, ())],
+    )
+
+
+@pytest.mark.parametrize("weight_inside", [False, True])
+def test_bodies(workbench, make_model, sparse, weight_inside) -> None:
+    proto = _if_model(make_model, sparse, weight_inside)
+    converted = workbench.convert(proto)
+    assert [plan.graph for plan in converted.plan] == ["choice", "choice"]
+    for branch, taken in (("then", True), ("else", False)):
+        plan = converted.node(f"m_{branch}")
+        if weight_inside:
+            assert plan.action is Action.CONVERTED
+            assert plan.epilogue == ("relu" if taken else "none")
+        else:
+            assert plan.reason is Reason.IN_SUBGRAPH
+        assert converted.error({"x": _x(2, K), "c": np.array(taken)}) <= EXACT
+    if weight_inside:
+        bodies = [helper.get_attribute_value(a) for a in converted.proto.graph.node[0].attribute]
+        names = [[i.name for i in body.initializer] for body in bodies]
+        # One name each: a body must not repeat a name of another scope.
+        assert sorted(itertools.chain(*names)) == ["w.sparamx", "w.sparamx.2"]
+
+
+def test_functions(workbench, make_model, sparse) -> None:
+    function = helper.make_function(
+        "local",
+        "Linear",
+        ["a", "b"],
+        ["c"],
+        [node("MatMul", ["a", "b"], ["c"], name="inner")],
+        [helper.make_opsetid("", 20)],
+    )
+    proto = make_model(
+        [node("Linear", ["x", "w"], ["y"], domain="local")],
+        {"x": (2, K)},
+        ["y"],
+        {"w": sparse((K, N))},
+        functions=[function],
+    )
+    converted = workbench.convert(proto)
+    (plan,) = converted.plan
+    assert (plan.node, plan.graph, plan.reason) == ("inner", "Linear", Reason.IN_FUNCTION)
+    assert converted.error({"x": _x(2, K)}) == 0
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "scope"),
+    [
+        ("node_MatMul_7", "['', 'encoder.layer.0', 'encoder.layer.0.query', 'linear_3']", "encoder.layer.0.query"),
+        ("n", "['', 'linear']", None),
+        ("n", "not a list", None),
+        ("/encoder/layer.0/query/MatMul", None, "encoder.layer.0.query"),
+        ("/MatMul", None, None),
+        ("MatMul_12", None, None),
+    ],
+)
+def test_scopes(name, recorded, scope) -> None:
+    metadata = {} if recorded is None else {"pkg.torch.onnx.name_scopes": recorded}
+    assert scope_of(ir.Node("", "MatMul", [], name=name, metadata_props=metadata)) == scope
