@@ -81,9 +81,16 @@ macro(_ort_try_archive)
   _ort_locate("${_ort_download_dir}/archive/include" dir)
   if(NOT dir)
     set(_archive "${_ort_download_dir}/archive.tgz")
-    # Without EXPECTED_HASH, which would end the whole configuration when there is no network.
-    file(DOWNLOAD "${SPARAMX_ORT_ARCHIVE_URL}" "${_archive}" TIMEOUT 60 INACTIVITY_TIMEOUT 10 TLS_VERIFY ON STATUS _status)
+    # One byte first: a machine whose packets go nowhere shall find out in seconds, a slow one may take its time.
+    file(DOWNLOAD "${SPARAMX_ORT_ARCHIVE_URL}" "${_archive}" RANGE_START 0 RANGE_END 0 TIMEOUT 10 TLS_VERIFY ON
+         STATUS _status)
     list(POP_FRONT _status _code)
+    if(_code EQUAL 0)
+      # Without EXPECTED_HASH, which would end the whole configuration when the connection breaks.
+      file(DOWNLOAD "${SPARAMX_ORT_ARCHIVE_URL}" "${_archive}" TIMEOUT 600 INACTIVITY_TIMEOUT 20 TLS_VERIFY ON
+           STATUS _status)
+      list(POP_FRONT _status _code)
+    endif()
     if(NOT _code EQUAL 0)
       set(reason "${SPARAMX_ORT_ARCHIVE_URL} could not be downloaded (${_status})")
     else()
