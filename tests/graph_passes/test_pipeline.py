@@ -1,0 +1,265 @@
+"""Options, the choice of layers, and the figures of the plan."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.pipeline import ConvertOptions, Method, count_nonzero, run
+from sparamx_onnx.graph_passes.plan import Action, Reason
+from sparamx_onnx.ops import library, packing
+from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.packing import PackOptions, WeightType
+
+node = helper.make_node
+EXACT = 1e-5
+
+
+def _stack(make_model, weights: dict[str, np.ndarray]):
+    """Layers in a row, each followed by a function that no epilogue knows."""
+    nodes, value = [], "x"
+    for index, name in enumerate(weights):
+        nodes += [node("MatMul", [value, name], [f"m{index}"]), node("Softsign", [f"m{index}"], [f"s{index}"])]
+        value = f"s{index}"
+    k = next(iter(weights.values())).shape[0]
+    return make_model(nodes, {"x": (3, k)}, [value], weights)
+
+
+def _x(k: int) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal((3, k)).astype(np.float32)
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    options = ConvertOptions()
+    assert (options.method, options.weights) == (Method.AUTO, WeightType.BF16)
+    assert not options.prunes
+    assert options.target_sparsity is None
+    assert ConvertOptions(method="magnitude").target_sparsity == 0.5
+    assert ConvertOptions(method="magnitude", sparsity=0.7, weights="fp32", include="a").to_json() == {
+        "method": "magnitude",
+        "sparsity": 0.7,
+        "weights": "fp32",
+        "include": ["a"],
+        "exclude": [],
+        "only_if_faster": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "wanda"}, "no method 'wanda'; there are auto, keep, magnitude"),
+        ({"weights": "int8"}, "packs fp32 and bf16 weights, not int8"),
+        ({"weights": "fp64"}, "no weights 'fp64'"),
+        ({"sparsity": 0.5}, "method auto keeps the weights as they are, so it takes no sparsity"),
+        ({"sparsity": 1.0, "method": "magnitude"}, "at least 0 and below 1, not 1"),
+        ({"sparsity": -0.5, "method": "magnitude"}, "at least 0 and below 1"),
+        ({"include": ("(",)}, r"include pattern '\(' is no regular expression"),
+        ({"exclude": ("a", "*")}, r"exclude pattern '\*' is no regular expression"),
+    ],
+)
+def test_options_that_make_no_sense(options, sentence) -> None:
+    with pytest.raises(SparamxError, match=sentence):
+        ConvertOptions(**options)
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["keep", "magnitude"])
+def test_measured_figures_are_those_of_the_file(workbench, make_model, sparse, weights, method) -> None:
+    # With fewer zeros than pruning wants: of others, the plan can only tell how many non-zeros there will be at most.
+    matrices = {f"w{i}": sparse((128, 128), s) for i, s in enumerate((0.0, 0.02, 0.3, 0.4))}
+    proto = _stack(make_model, matrices)
+    planned = run(ir.from_proto(proto), ConvertOptions(method=method, weights=weights)).to_json()
+    converted = workbench.convert(proto, method=method, weights=weights)
+    assert converted.plan.to_json() == planned
+    assert json.loads(json.dumps(planned)) == planned
+    for plan, matrix in zip(converted.plan, matrices.values(), strict=True):
+        kept = np.count_nonzero(matrix)
+        assert plan.nnz == (matrix.size // 2 if method == "magnitude" else kept)
+        assert plan.sparsity == 1 - plan.nnz / matrix.size
+        assert plan.bytes_before == matrix.nbytes
+        assert plan.weight_type == weights
+        assert plan.pruned == (method == "magnitude")
+    dense = [plan.reason is Reason.PACKED_DENSE for plan in converted.plan]
+    assert dense == ([True, True, False, False] if method == "keep" else [False] * 4)
+    assert converted.plan.bytes_after == sum(plan.bytes_after for plan in converted.plan)
+
+
+def test_without_measuring_the_file_completes_the_plan(workbench, make_model, sparse) -> None:
+    proto = _stack(make_model, {"w0": sparse((128, 128), 0.0), "w1": sparse((128, 128), 0.9)})
+    model = ir.from_proto(proto)
+    plan = run(model, ConvertOptions(), measure=False)
+    assert [n.nnz for n in plan] == [None, None]
+    assert plan.bytes_after is None
+    assert plan.nodes[0].sparsity is None
+    assert plan.nodes[0].action is Action.CONVERTED
+    for value in model.graph.initializers.values():
+        value.const_value.numpy()
+    assert plan.to_json() == run(ir.from_proto(proto), ConvertOptions()).to_json()
+
+
+def test_progress_counts_the_bytes_that_are_read(make_model, sparse) -> None:
+    proto = _stack(make_model, {"w0": sparse((64, 96)), "w1": sparse((96, 64)), "w2": sparse((64, 64))})
+    seen: list[tuple[int, int]] = []
+    run(ir.from_proto(proto), ConvertOptions(), lambda done, total: seen.append((done, total)))
+    total = 4 * (64 * 96 * 2 + 64 * 64)
+    assert [t for _, t in seen] == [total] * 3
+    assert [d for d, _ in seen] == [4 * 64 * 96, 8 * 64 * 96, total]
+
+
+def test_pruning_by_magnitude_needs_no_reading(make_model, sparse, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the weight was read")
+
+    monkeypatch.setattr(pipeline, "count_nonzero", fail)
+    proto = _stack(make_model, {"w0": sparse((128, 128), 0.0)})
+    (plan,) = run(ir.from_proto(proto), ConvertOptions(method="magnitude", sparsity=0.75))
+    assert plan.nnz == 128 * 128 // 4
+
+
+def test_zeros_beyond_what_pruning_wants_are_found_when_packing(workbench, make_model, sparse) -> None:
+    w = sparse((128, 128), 0.95)
+    proto = _stack(make_model, {"w": w})
+    (planned,) = run(ir.from_proto(proto), ConvertOptions(method="magnitude"))
+    (written,) = workbench.convert(proto, method="magnitude").plan
+    assert planned.nnz == w.size // 2
+    assert written.nnz == np.count_nonzero(w)
+
+
+def test_the_summary(workbench, make_model, sparse) -> None:
+    proto = _stack(make_model, {"w0": sparse((128, 128), 0.0), "w1": sparse((128, 128)), "w2": sparse((128, 128))})
+    plan = workbench.convert(proto, exclude=["w2"]).plan
+    assert plan.to_json()["summary"] == {
+        "nodes": 3,
+        "converted": 2,
+        "left_alone": 1,
+        "reasons": {"converted": 1, "packed_dense": 1, "excluded_by_user": 1},
+        "bytes_before": 2 * 128 * 128 * 4,
+        "bytes_after": plan.bytes_after,
+    }
+    assert [n.node for n in plan.left_alone] == ["m2"]
+    assert len(plan) == 3
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+def test_include_and_exclude(workbench, make_model, sparse) -> None:
+    weights = {f"layer.{i}.weight": sparse((64, 64), seed=i) for i in range(4)}
+    proto = _stack(make_model, weights)
+    proto.graph.node[2].metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'my.module', 'linear']")
+
+    def taken(**options: list[str]) -> list[int]:
+        plan = run(ir.from_proto(proto), ConvertOptions(**options))
+        return [i for i, n in enumerate(plan) if n.action is not Action.LEFT_ALONE]
+
+    assert taken() == [0, 1, 2, 3]
+    assert taken(include=[r"layer\.[02]"]) == [0, 2]
+    assert taken(include=["^m3$", "layer.0"]) == [0, 3]
+    assert taken(exclude=["my.module"]) == [0, 2, 3]
+    assert taken(include=["layer"], exclude=["m0", "weight$"]) == []
+    plan = run(ir.from_proto(proto), ConvertOptions(include=["layer.0"], exclude=["layer.0"]))
+    assert [n.reason for n in plan] == [Reason.EXCLUDED_BY_USER] + [Reason.NOT_INCLUDED_BY_USER] * 3
+    assert "'" not in plan.nodes[1].detail
+    assert plan.nodes[0].text == "An exclude pattern matches it. It is layer.0."
+
+
+def test_nothing_to_convert_changes_nothing(make_model, sparse) -> None:
+    proto = _stack(make_model, {"w": sparse((64, 64))})
+    model = ir.from_proto(proto)
+    run(model, ConvertOptions(exclude=["w"]))
+    assert not model.metadata_props
+    assert "com.sparamx" not in model.opset_imports
+    assert [n.op_type for n in model.graph] == ["MatMul", "Softsign"]
+
+
+@pytest.mark.parametrize(("weights", "left"), [("fp32", [True, True, False]), ("bf16", [False, False, False])])
+def test_only_if_faster(workbench, make_model, sparse, weights, left) -> None:
+    proto = _stack(make_model, {f"w{i}": sparse((128, 128), s) for i, s in enumerate((0.0, 0.1, 0.5))})
+    for measure in (True, False):
+        plan = run(ir.from_proto(proto), ConvertOptions(only_if_faster=True, weights=weights), measure=measure)
+        assert [n.reason is Reason.NOT_FASTER for n in plan] == left
+    converted = workbench.convert(proto, only_if_faster=True, weights=weights)
+    assert converted.op_types.count("MatMul") == sum(left)
+    # Without pruning the weights are dense; by magnitude, all of them gain.
+    plan = run(ir.from_proto(proto), ConvertOptions(only_if_faster=True, weights=weights, method="magnitude"))
+    assert len(plan.converted) == 3
+
+
+def test_magnitude_spares_heads_unless_they_are_named(workbench, make_model, sparse) -> None:
+    matrices = {"fc.weight": sparse((96, 128), 0.0), "lm_head.weight": sparse((128, 96), 0.0)}
+    proto = _stack(make_model, matrices)
+    spared = workbench.convert(proto, method="magnitude", sparsity=0.6)
+    assert [n.pruned for n in spared.plan] == [True, False]
+    assert spared.plan.nodes[1].prune_note == "It is the model's output head by its name."
+    assert [n.nnz for n in spared.plan] == [96 * 128 - round(0.6 * 96 * 128), 96 * 128]
+    named = workbench.convert(proto, method="magnitude", sparsity=0.6, include=["fc", "lm_head"])
+    assert [n.pruned for n in named.plan] == [True, True]
+
+    # The same numbers as ONNX Runtime computes with the weights pruned beforehand.
+    for index, matrix in enumerate(matrices.values()):
+        smallest = np.argsort(np.abs(matrix), axis=None)[: round(0.6 * matrix.size)]
+        pruned = matrix.copy()
+        pruned.reshape(-1)[smallest] = 0
+        proto.graph.initializer[index].CopyFrom(numpy_helper.from_array(pruned, list(matrices)[index]))
+    named.original = proto
+    assert named.error({"x": _x(96)}) <= EXACT
+
+
+def test_the_same_weight_pruned_and_not(workbench, make_model, sparse) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["hidden"]),
+        node("Softsign", ["hidden"], ["s"]),
+        node("MatMul", ["s", "w"], ["out"], name="lm_head"),
+    ]
+    proto = make_model(nodes, {"x": (3, 64)}, ["out"], {"w": sparse((64, 64), 0.0)})
+    converted = workbench.convert(proto, method="magnitude")
+    assert [n.packed for n in converted.plan] == ["w.sparamx", "w.sparamx.2"]
+    assert [n.nnz for n in converted.plan] == [2048, 4096]
+
+
+def test_bf16_weights(workbench, make_model, sparse) -> None:
+    converted = workbench.convert(_stack(make_model, {"w": sparse((256, 128)) / 16}), weights="bf16")
+    assert 1e-6 < converted.error({"x": _x(256)}) <= 1e-2
+
+
+def test_the_record_in_the_model(workbench, make_model, sparse) -> None:
+    proto = _stack(make_model, {"w": sparse((64, 64))})
+    converted = workbench.convert(proto, method="magnitude", weights="bf16", include=["w"])
+    record = {p.key: p.value for p in converted.proto.metadata_props}
+    assert record[pipeline.VERSION_KEY] == library.version()
+    assert json.loads(record[pipeline.OPTIONS_KEY]) == {
+        "method": "magnitude",
+        "sparsity": 0.5,
+        "weights": "bf16",
+        "include": ["w"],
+        "exclude": [],
+        "only_if_faster": False,
+    }
+
+
+# --- counting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_type", [WeightType.FP32, WeightType.BF16])
+@pytest.mark.parametrize("element_type", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_counting_agrees_with_packing(monkeypatch, weight_type, element_type) -> None:
+    special = [0.0, -0.0, 1.0, -1.0, np.nan, np.inf, 1e-45, -1e-39, 1e-40, 2.0**-126, -(2.0**-127), 6e-8, -6e-8, 1e-6]
+    values = np.tile(np.array(special, np.float32), (9, 5))
+    w = numpy_helper.to_array(helper.make_tensor("w", element_type, values.shape, values.ravel()))
+    expected = packing.describe(packing.pack(w, PackOptions(weight_type))).nnz
+    monkeypatch.setattr(pipeline, "_CHUNK", 17)
+    for view in (w, w.T, np.asfortranarray(w), w[::2]):
+        wanted = expected if view.size == w.size else packing.describe(packing.pack(view, PackOptions(weight_type))).nnz
+        assert count_nonzero(view, weight_type) == wanted
