@@ -42,7 +42,8 @@ Status Damaged(const Status& status) {
 Status ReadArguments(const sparamx_matrix* m, const sparamx_pack_options* o, sparamx::SourceMatrix* source,
                      sparamx::PackOptions* options) {
   if (m == nullptr || o == nullptr) return Status::Invalid("matrix and options must not be null");
-  if (m->source_type > SPARAMX_SOURCE_BF16) return Status::Invalid("unknown source type " + std::to_string(m->source_type));
+  if (m->source_type > SPARAMX_SOURCE_BF16)
+    return Status::Invalid("unknown source type " + std::to_string(m->source_type));
   if (o->weight_type > SPARAMX_INT4) return Status::Invalid("unknown weight type " + std::to_string(o->weight_type));
   if (o->form > SPARAMX_FORM_DENSE) return Status::Invalid("unknown form " + std::to_string(o->form));
   if (o->scale_type > SPARAMX_SCALE_FP32) return Status::Invalid("unknown scale type " + std::to_string(o->scale_type));
@@ -66,7 +67,9 @@ struct Threads {
 
 extern "C" {
 
-const char* sparamx_version(void) { return SPARAMX_VERSION; }
+const char* sparamx_version(void) {
+  return SPARAMX_VERSION;
+}
 
 int sparamx_packed_size(const sparamx_matrix* matrix, const sparamx_pack_options* options, uint64_t* size, char* error,
                         size_t error_size) {
@@ -78,8 +81,8 @@ int sparamx_packed_size(const sparamx_matrix* matrix, const sparamx_pack_options
   });
 }
 
-int sparamx_pack(const sparamx_matrix* matrix, const sparamx_pack_options* options, void* blob, uint64_t blob_size, char* error,
-                 size_t error_size) {
+int sparamx_pack(const sparamx_matrix* matrix, const sparamx_pack_options* options, void* blob, uint64_t blob_size,
+                 char* error, size_t error_size) {
   return Guarded(error, error_size, [&] {
     sparamx::SourceMatrix source;
     sparamx::PackOptions pack;
@@ -95,7 +98,8 @@ int sparamx_validate(const void* blob, uint64_t blob_size, char* error, size_t e
   });
 }
 
-int sparamx_describe(const void* blob, uint64_t blob_size, sparamx_description* description, char* error, size_t error_size) {
+int sparamx_describe(const void* blob, uint64_t blob_size, sparamx_description* description, char* error,
+                     size_t error_size) {
   return Guarded(error, error_size, [&] {
     sparamx::PackedView v;
     const Status status = sparamx::Parse(static_cast<const uint8_t*>(blob), blob_size, &v);
@@ -114,7 +118,8 @@ int sparamx_describe(const void* blob, uint64_t blob_size, sparamx_description* 
   });
 }
 
-int sparamx_unpack(const void* blob, uint64_t blob_size, float* dense, uint32_t threads, char* error, size_t error_size) {
+int sparamx_unpack(const void* blob, uint64_t blob_size, float* dense, uint32_t threads, char* error,
+                   size_t error_size) {
   return Guarded(error, error_size, [&] {
     sparamx::PackedView view;
     const Status status = sparamx::Parse(static_cast<const uint8_t*>(blob), blob_size, &view);
@@ -123,8 +128,9 @@ int sparamx_unpack(const void* blob, uint64_t blob_size, float* dense, uint32_t 
   });
 }
 
-int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_t m, const float* bias, uint32_t epilogue,
-                   const char* isa, uint32_t threads, float* y, char* path, size_t path_size, char* error, size_t error_size) {
+int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_t m, const float* bias,
+                   uint32_t epilogue, const char* isa, uint32_t threads, float* y, char* path, size_t path_size,
+                   char* error, size_t error_size) {
   return Guarded(error, error_size, [&] {
     if (epilogue >= sparamx::kEpilogues) return Status::Invalid("unknown epilogue " + std::to_string(epilogue));
     sparamx::MatMul::Options options;

@@ -72,21 +72,21 @@ SPARAMX_EXPORT int sparamx_pack(const sparamx_matrix* matrix, const sparamx_pack
                                 uint64_t blob_size, char* error, size_t error_size);
 /* Checks everything that the kernels rely on (header, section table, offsets against bitmaps). */
 SPARAMX_EXPORT int sparamx_validate(const void* blob, uint64_t blob_size, char* error, size_t error_size);
-SPARAMX_EXPORT int sparamx_describe(const void* blob, uint64_t blob_size, sparamx_description* description,
-                                    char* error, size_t error_size);
+SPARAMX_EXPORT int sparamx_describe(const void* blob, uint64_t blob_size, sparamx_description* description, char* error,
+                                    size_t error_size);
 /* Writes the dense matrix, row-major [K, N] fp32. Validates first. */
 SPARAMX_EXPORT int sparamx_unpack(const void* blob, uint64_t blob_size, float* dense, uint32_t threads, char* error,
                                   size_t error_size);
 
 /* Y[M, N] = epilogue(X[M, K] W + bias). `isa` names a level as SPARAMX_ISA does, NULL chooses by CPU and shape.
- * `path` (if not NULL) receives the name of the kernel that ran. bias may be NULL. For tests, benchmarks and hosts without
- * ONNX Runtime: starts `threads` threads per call (1: none). */
+ * `path` (if not NULL) receives the name of the kernel that ran. bias may be NULL. For tests, benchmarks and hosts
+ * without ONNX Runtime: starts `threads` threads per call (1: none). */
 SPARAMX_EXPORT int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_t m, const float* bias,
                                   uint32_t epilogue, const char* isa, uint32_t threads, float* y, char* path,
                                   size_t path_size, char* error, size_t error_size);
 
-/* One JSON document: CPU name, features, every level with "supported" and the reason where not, the level in force and why.
- * Returns the length it needs (without the terminator); writes at most size - 1 bytes and a terminator. */
+/* One JSON document: CPU name, features, every level with "supported" and the reason where not, the level in force and
+ * why. Returns the length it needs (without the terminator); writes at most size - 1 bytes and a terminator. */
 SPARAMX_EXPORT size_t sparamx_cpu_info(char* json, size_t size);
 
 #ifdef __cplusplus

@@ -8,7 +8,8 @@
 
 namespace sparamx {
 
-// Calls body(i) once for each i in [0, count) from up to `threads` threads (0: one per core); items are claimed one by one.
+// Calls body(i) once for each i in [0, count) from up to `threads` threads (0: one per core); items are claimed one by
+// one.
 template <typename Body>
 void ForEach(size_t count, unsigned threads, const Body& body) {
   if (threads == 0) threads = std::thread::hardware_concurrency();

@@ -1,6 +1,6 @@
-// The packed format's constants and the view that kernels work on. Plain data only: kernel files, each compiled for its own
-// instruction set, include this header, so its functions are static: the linker must never share a copy between those files.
-// The format itself is described in docs/format.md.
+// The packed format's constants and the view that kernels work on. Plain data only: kernel files, each compiled for its
+// own instruction set, include this header, so its functions are static: the linker must never share a copy between
+// those files. The format itself is described in docs/format.md.
 #pragma once
 
 #include <stddef.h>
@@ -13,15 +13,19 @@ enum class ScaleType : uint8_t { kNone = 0, kFp16 = 1, kFp32 = 2 };
 enum class Form : uint8_t { kAuto = 0, kSparse = 1, kDense = 2 };
 constexpr int kWeightTypes = 4;
 
-constexpr size_t kTileRows = 16;          // rows of a tile: AMX's limit
-constexpr size_t kTileRowBytes = 64;      // one row is one 512-bit register
-constexpr size_t kStripColumns = 16;      // outputs per strip: 64 bytes of 32-bit sums
-constexpr size_t kRunK = 512;             // weights along K that share one entry of the offsets section
-constexpr size_t kOverread = 64;          // bytes after the last value that a kernel may load
+constexpr size_t kTileRows = 16;      // rows of a tile: AMX's limit
+constexpr size_t kTileRowBytes = 64;  // one row is one 512-bit register
+constexpr size_t kStripColumns = 16;  // outputs per strip: 64 bytes of 32-bit sums
+constexpr size_t kRunK = 512;         // weights along K that share one entry of the offsets section
+constexpr size_t kOverread = 64;      // bytes after the last value that a kernel may load
 constexpr size_t kSectionAlignment = 64;
 
-static constexpr size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
-static constexpr size_t RoundUp(size_t a, size_t b) { return CeilDiv(a, b) * b; }
+static constexpr size_t CeilDiv(size_t a, size_t b) {
+  return (a + b - 1) / b;
+}
+static constexpr size_t RoundUp(size_t a, size_t b) {
+  return CeilDiv(a, b) * b;
+}
 
 static constexpr size_t CodeBits(WeightType type) {
   return type == WeightType::kFp32 ? 32 : type == WeightType::kBf16 ? 16 : type == WeightType::kInt8 ? 8 : 4;
@@ -30,12 +34,22 @@ static constexpr size_t CodeBits(WeightType type) {
 static constexpr size_t TileGroup(WeightType type) {
   return type == WeightType::kFp32 ? 1 : type == WeightType::kBf16 ? 2 : 4;
 }
-static constexpr size_t TileK(WeightType type) { return kTileRows * TileGroup(type); }
-static constexpr size_t TileWeights(WeightType type) { return TileK(type) * kStripColumns; }
-static constexpr size_t MaskBytesPerTile(WeightType type) { return TileWeights(type) / 8; }
-static constexpr size_t TilesPerRun(WeightType type) { return kRunK / TileK(type); }
+static constexpr size_t TileK(WeightType type) {
+  return kTileRows * TileGroup(type);
+}
+static constexpr size_t TileWeights(WeightType type) {
+  return TileK(type) * kStripColumns;
+}
+static constexpr size_t MaskBytesPerTile(WeightType type) {
+  return TileWeights(type) / 8;
+}
+static constexpr size_t TilesPerRun(WeightType type) {
+  return kRunK / TileK(type);
+}
 // Bytes of `count` packed values.
-static constexpr uint64_t ValueBytes(WeightType type, uint64_t count) { return (count * CodeBits(type) + 7) / 8; }
+static constexpr uint64_t ValueBytes(WeightType type, uint64_t count) {
+  return (count * CodeBits(type) + 7) / 8;
+}
 
 // A checked blob, ready for the kernels: every pointer stays inside it for every run. Pointers may be unaligned.
 struct PackedView {
@@ -44,11 +58,11 @@ struct PackedView {
   ScaleType scale_type;
   uint32_t group_size;
   uint64_t k, n, nnz;
-  size_t strips;          // along N
-  size_t tiles;           // along K, per strip
-  size_t runs;            // along K, per strip
-  const uint8_t* offsets; // sparse: uint64 per run
-  const uint8_t* bitmap;  // sparse
+  size_t strips;           // along N
+  size_t tiles;            // along K, per strip
+  size_t runs;             // along K, per strip
+  const uint8_t* offsets;  // sparse: uint64 per run
+  const uint8_t* bitmap;   // sparse
   const uint8_t* values;
   const uint8_t* scales;
   const uint8_t* column_sums;

@@ -21,14 +21,16 @@ inline float FloatOf(uint32_t b) {
 // Nearest even; fp32 denormals become zero, as VCVTNEPS2BF16 makes them; NaN stays NaN.
 inline uint16_t Bf16FromFloat(float f) {
   const uint32_t b = BitsOf(f);
-  const uint32_t magnitude = b & 0x7fffffffu;
+  const auto magnitude = static_cast<int32_t>(b & 0x7fffffffu);  // signed: SSE2 compares nothing else
   const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   const uint32_t nan = (b >> 16) | 0x40u;
-  const uint32_t normal = magnitude > 0x7f800000u ? nan : rounded;
-  return static_cast<uint16_t>(magnitude < 0x00800000u ? 0u : normal);
+  const uint32_t normal = magnitude > 0x7f800000 ? nan : rounded;
+  return static_cast<uint16_t>(magnitude < 0x00800000 ? 0u : normal);
 }
 
-inline float FloatFromBf16(uint16_t b) { return FloatOf(static_cast<uint32_t>(b) << 16); }
+inline float FloatFromBf16(uint16_t b) {
+  return FloatOf(static_cast<uint32_t>(b) << 16);
+}
 
 inline float FloatFromFp16(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;

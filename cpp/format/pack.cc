@@ -17,8 +17,8 @@ using internal::Header;
 using internal::Section;
 using internal::SectionSizes;
 
-// Strips staged together: 256 bytes of a row-major fp32 row at a time, so that a wide matrix is not read in single lines,
-// each on a page of its own.
+// Strips staged together: 256 bytes of a row-major fp32 row at a time, so that a wide matrix is not read in single
+// lines, each on a page of its own.
 constexpr size_t kStagedStrips = 4;
 constexpr size_t kStagedColumns = kStagedStrips * kStripColumns;
 
@@ -55,20 +55,24 @@ void LoadStage(const SourceMatrix& m, size_t run, size_t strip, Stage* stage) {
   switch (m.type) {
     case SourceType::kFp32: {
       const auto* p = static_cast<const float*>(m.data);
-      return StageElements(m, k0, n0, [p](int64_t i) { return p[i]; }, stage);
+      return StageElements(
+          m, k0, n0, [p](int64_t i) { return p[i]; }, stage);
     }
     case SourceType::kFp16: {
       const auto* p = static_cast<const uint16_t*>(m.data);
-      return StageElements(m, k0, n0, [p](int64_t i) { return FloatFromFp16(p[i]); }, stage);
+      return StageElements(
+          m, k0, n0, [p](int64_t i) { return FloatFromFp16(p[i]); }, stage);
     }
     case SourceType::kBf16: {
       const auto* p = static_cast<const uint16_t*>(m.data);
-      return StageElements(m, k0, n0, [p](int64_t i) { return FloatFromBf16(p[i]); }, stage);
+      return StageElements(
+          m, k0, n0, [p](int64_t i) { return FloatFromBf16(p[i]); }, stage);
     }
   }
 }
 
-// How a weight type codes an fp32 weight. A code of 0 is never stored in the sparse form.
+// How a weight type codes an fp32 weight, in terms that a compiler turns into vector code. A code of 0 is never stored
+// in the sparse form.
 struct Fp32Coder {
   using Code = uint32_t;
   static constexpr WeightType kType = WeightType::kFp32;
@@ -81,6 +85,17 @@ struct Bf16Coder {
   using Code = uint16_t;
   static constexpr WeightType kType = WeightType::kBf16;
   static Code Encode(float w) { return Bf16FromFloat(w); }
+};
+
+// One run of one strip in codes, [k][column].
+template <typename Coder>
+struct Codes {
+  typename Coder::Code code[kRunK][kStripColumns];
+
+  Codes(const Stage& stage, size_t column, size_t rows) {
+    for (size_t k = 0; k < rows; ++k)
+      for (size_t n = 0; n < kStripColumns; ++n) code[k][n] = Coder::Encode(stage.w[k][column + n]);
+  }
 };
 
 struct Job {
@@ -109,10 +124,15 @@ size_t TilesInRun(const PackedView& g, size_t run) {
 }
 
 template <typename Coder>
-uint64_t CountRun(const Stage& stage, size_t column) {
+uint64_t CountRun(const Stage& stage, size_t column, size_t tiles) {
+  const size_t rows = tiles * TileK(Coder::kType);
+  const Codes<Coder> codes(stage, column, rows);
   uint32_t count = 0;
-  for (size_t k = 0; k < kRunK; ++k)
-    for (size_t n = 0; n < kStripColumns; ++n) count += Coder::Encode(stage.w[k][column + n]) != 0;
+  for (size_t k = 0; k < rows; ++k) {
+    uint32_t row = 0;
+    for (size_t n = 0; n < kStripColumns; ++n) row += codes.code[k][n] != 0;
+    count += row;
+  }
   return count;
 }
 
@@ -121,7 +141,9 @@ void WriteSparseRun(const Stage& stage, size_t column, size_t tiles, uint8_t* ma
   using Code = typename Coder::Code;
   constexpr size_t kGroup = TileGroup(Coder::kType);
   constexpr size_t kRowWeights = kStripColumns * kGroup;
-  // A row is compressed into this buffer without branches, writing one past the end: the blob itself has no room for that.
+  const Codes<Coder> codes(stage, column, tiles * TileK(Coder::kType));
+  // A row is compressed into this buffer without branches, writing one past the end: the blob itself has no room for
+  // that.
   Code row_values[kRowWeights + 1];
   uint64_t written = 0;
   for (size_t row = 0; row < tiles * kTileRows; ++row) {
@@ -129,13 +151,15 @@ void WriteSparseRun(const Stage& stage, size_t column, size_t tiles, uint8_t* ma
     size_t count = 0;
     for (size_t c = 0; c < kStripColumns; ++c) {
       for (size_t p = 0; p < kGroup; ++p) {
-        const Code code = Coder::Encode(stage.w[row * kGroup + p][column + c]);
+        const Code code = codes.code[row * kGroup + p][c];
+        const bool kept = code != 0;
         row_values[count] = code;
-        count += code != 0;
-        mask |= static_cast<uint64_t>(code != 0) << (c * kGroup + p);
+        count += kept;
+        mask |= static_cast<uint64_t>(kept) << (c * kGroup + p);
       }
     }
-    if (written + count > room) return;  // the source changed between the passes: stay inside this run's place, the checker will see it
+    if (written + count > room)
+      return;  // the source changed between the passes: stay inside this run's place, the checker will see it
     std::memcpy(values + written * sizeof(Code), row_values, count * sizeof(Code));
     written += count;
     std::memcpy(masks + row * kRowWeights / 8, &mask, kRowWeights / 8);
@@ -149,7 +173,8 @@ void WriteDenseRun(const Stage& stage, size_t column, size_t tiles, uint8_t* val
   Code row_values[kStripColumns * kGroup];
   for (size_t row = 0; row < tiles * kTileRows; ++row) {
     for (size_t c = 0; c < kStripColumns; ++c)
-      for (size_t p = 0; p < kGroup; ++p) row_values[c * kGroup + p] = Coder::Encode(stage.w[row * kGroup + p][column + c]);
+      for (size_t p = 0; p < kGroup; ++p)
+        row_values[c * kGroup + p] = Coder::Encode(stage.w[row * kGroup + p][column + c]);
     std::memcpy(values + row * kTileRowBytes, row_values, sizeof row_values);
   }
 }
@@ -165,9 +190,11 @@ struct Census {
 Status CheckArguments(const SourceMatrix& m, const PackOptions& o) {
   if (m.k > kMaxDimension || m.n > kMaxDimension) return Status::Invalid("K and N must be below 2^31");
   if (m.data == nullptr && m.k * m.n != 0) return Status::Invalid("the matrix has no data");
-  if (o.type != WeightType::kFp32 && o.type != WeightType::kBf16) return Status::Invalid("the weight type must be fp32 or bf16");
+  if (o.type != WeightType::kFp32 && o.type != WeightType::kBf16)
+    return Status::Invalid("the weight type must be fp32 or bf16");
   if (o.form > Form::kDense) return Status::Invalid("the form must be auto, sparse or dense");
-  if (o.scale_type != ScaleType::kNone || o.group_size != 0) return Status::Invalid("fp32 and bf16 weights take neither scales nor groups");
+  if (o.scale_type != ScaleType::kNone || o.group_size != 0)
+    return Status::Invalid("fp32 and bf16 weights take neither scales nor groups");
   if (m.type > SourceType::kBf16) return Status::Invalid("the source must be fp32, fp16 or bf16");
   return {};
 }
@@ -204,10 +231,11 @@ Census Count(const SourceMatrix& m, const PackOptions& o) {
   const size_t runs = census.geometry.runs;
   census.offsets.assign(census.geometry.strips * runs + 1, 0);
   ForEachRun({m, census.geometry, o.threads}, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
-    census.offsets[strip * runs + run + 1] = CountRun<Coder>(stage, column);
+    census.offsets[strip * runs + run + 1] = CountRun<Coder>(stage, column, TilesInRun(census.geometry, run));
   });
   for (size_t i = 1; i < census.offsets.size(); ++i) census.offsets[i] += census.offsets[i - 1];
-  const SectionSizes sparse = internal::SizesOf(o.type, Form::kSparse, o.scale_type, o.group_size, m.k, m.n, census.offsets.back());
+  const SectionSizes sparse =
+      internal::SizesOf(o.type, Form::kSparse, o.scale_type, o.group_size, m.k, m.n, census.offsets.back());
   const SectionSizes dense = internal::SizesOf(o.type, Form::kDense, o.scale_type, o.group_size, m.k, m.n, 0);
   census.form = o.form;
   if (o.form == Form::kAuto) census.form = BlobBytes(sparse) < BlobBytes(dense) ? Form::kSparse : Form::kDense;
@@ -232,7 +260,8 @@ Status Write(const SourceMatrix& m, const PackOptions& o, const Census& census, 
   header.matrix_count = 1;
   header.blob_bytes = Place(census.sizes, &header.section_count, sections);
   if (header.blob_bytes != blob_size)
-    return Status::Invalid("the blob needs " + std::to_string(header.blob_bytes) + " bytes, not " + std::to_string(blob_size));
+    return Status::Invalid("the blob needs " + std::to_string(header.blob_bytes) + " bytes, not " +
+                           std::to_string(blob_size));
 
   uint8_t* at[internal::kSectionKinds + 1] = {};
   uint64_t end = sizeof header + header.section_count * sizeof(Section);
@@ -246,7 +275,8 @@ Status Write(const SourceMatrix& m, const PackOptions& o, const Census& census, 
   std::memset(blob + end, 0, blob_size - end);
 
   const PackedView& g = census.geometry;
-  if (census.form == Form::kSparse) std::memcpy(at[internal::kOffsets], census.offsets.data(), census.offsets.size() * 8);
+  if (census.form == Form::kSparse)
+    std::memcpy(at[internal::kOffsets], census.offsets.data(), census.offsets.size() * 8);
   ForEachRun({m, g, o.threads}, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
     const size_t tile = strip * g.tiles + run * TilesPerRun(g.type);
     if (census.form == Form::kDense) {
@@ -270,7 +300,8 @@ Status PackAs(const SourceMatrix& m, const PackOptions& o, uint8_t* blob, uint64
 Status PackedSize(const SourceMatrix& source, const PackOptions& options, uint64_t* size) {
   const Status status = CheckArguments(source, options);
   if (!status.ok()) return status;
-  const Census census = options.type == WeightType::kFp32 ? Count<Fp32Coder>(source, options) : Count<Bf16Coder>(source, options);
+  const Census census =
+      options.type == WeightType::kFp32 ? Count<Fp32Coder>(source, options) : Count<Bf16Coder>(source, options);
   *size = BlobBytes(census.sizes);
   return {};
 }

@@ -50,18 +50,23 @@ Status CheckHeader(const Header& h, uint64_t blob_size) {
   if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return Status::Damaged("it does not begin with SPARAMXW");
   if (h.version == 0) return Status::Damaged("its format version is 0");
   if (h.version > kFormatVersion)
-    return Status::Unsupported("its format version " + std::to_string(h.version) + " is newer than the newest that this library reads (" +
-                               std::to_string(kFormatVersion) + "): update sparamx-onnx");
-  if (h.flags != 0) return Status::Unsupported("it sets flags that this library does not know (" + Hex(h.flags) + "): update sparamx-onnx");
+    return Status::Unsupported("its format version " + std::to_string(h.version) +
+                               " is newer than the newest that this library reads (" + std::to_string(kFormatVersion) +
+                               "): update sparamx-onnx");
+  if (h.flags != 0)
+    return Status::Unsupported("it sets flags that this library does not know (" + Hex(h.flags) +
+                               "): update sparamx-onnx");
   if (h.header_bytes != sizeof(Header)) return Status::Damaged("its header size is not 128");
   if (h.blob_bytes != blob_size)
-    return Status::Damaged("it says it has " + std::to_string(h.blob_bytes) + " bytes, but there are " + std::to_string(blob_size));
+    return Status::Damaged("it says it has " + std::to_string(h.blob_bytes) + " bytes, but there are " +
+                           std::to_string(blob_size));
   if (h.k > kMaxDimension || h.n > kMaxDimension) return Status::Damaged("its K or N is larger than 2^31 - 1");
   if (h.weight_type > static_cast<uint8_t>(WeightType::kBf16))
     return Status::Unsupported("its weight type " + std::to_string(h.weight_type) + " is unknown to this library");
   const auto type = static_cast<WeightType>(h.weight_type);
   if (h.code_bits != CodeBits(type)) return Status::Damaged("its code bits do not fit its weight type");
-  if (h.scale_type != 0 || h.group_size != 0) return Status::Damaged("it has scales, which its weight type does not use");
+  if (h.scale_type != 0 || h.group_size != 0)
+    return Status::Damaged("it has scales, which its weight type does not use");
   if (h.form != static_cast<uint8_t>(Form::kSparse) && h.form != static_cast<uint8_t>(Form::kDense))
     return Status::Damaged("its form is neither sparse nor dense");
   if (h.order != 0) return Status::Unsupported("its order of weights is unknown to this library");
@@ -114,13 +119,15 @@ Status CheckRuns(const PackedView& w, uint64_t total) {
   for (size_t strip = 0; strip < w.strips; ++strip) {
     for (size_t run = 0; run < w.runs; ++run) {
       if (ValuesBefore(w, strip, run) != before)
-        return Status::Damaged("the offset of run " + std::to_string(run) + " of strip " + std::to_string(strip) + " does not fit its bitmap");
+        return Status::Damaged("the offset of run " + std::to_string(run) + " of strip " + std::to_string(strip) +
+                               " does not fit its bitmap");
       const size_t first = run * TilesPerRun(w.type);
       const size_t tiles = w.tiles - first < TilesPerRun(w.type) ? w.tiles - first : TilesPerRun(w.type);
       before += CountBits(w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles * tile_bytes);
     }
   }
-  if (ValuesBefore(w, w.strips, 0) != before || before != total) return Status::Damaged("its bitmap and its count of values disagree");
+  if (ValuesBefore(w, w.strips, 0) != before || before != total)
+    return Status::Damaged("its bitmap and its count of values disagree");
   return {};
 }
 
@@ -145,11 +152,13 @@ Status Parse(const uint8_t* blob, uint64_t blob_size, PackedView* view) {
   v.nnz = h.nnz;
   SetGeometry(&v);
   // Every padded weight costs at least a bit, so larger sizes cannot be in this blob; past here no product overflows.
-  if (v.strips != 0 && v.tiles > blob_size / v.strips) return Status::Damaged("its K and N need more bytes than it has");
+  if (v.strips != 0 && v.tiles > blob_size / v.strips)
+    return Status::Damaged("its K and N need more bytes than it has");
   if (h.nnz > h.k * h.n) return Status::Damaged("it counts more non-zeros than weights");
 
   uint64_t offset[kSectionKinds + 1] = {};
-  status = ReadSections(blob, blob_size, h, SizesOf(v.type, v.form, v.scale_type, v.group_size, v.k, v.n, h.nnz), offset);
+  status =
+      ReadSections(blob, blob_size, h, SizesOf(v.type, v.form, v.scale_type, v.group_size, v.k, v.n, h.nnz), offset);
   if (!status.ok()) return status;
   v.offsets = blob + offset[kOffsets];
   v.bitmap = blob + offset[kBitmap];

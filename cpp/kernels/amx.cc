@@ -1,11 +1,13 @@
 // AMX (Sapphire Rapids, Emerald Rapids, Granite Rapids): bf16 weights in TDPBF16PS.
 //
 // Tiles (palette 1, 16 rows of 64 bytes): 0-3 sums (2 row tiles x 2 strips), 4-5 X, 6-7 weights.
-// Per tile of 512 weights: expansion 16 x (kmovd + vpexpandw) = 48 cycles of port 5; TDPBF16PS 16 cycles on its own unit
-// per 16 rows; a tile load 8 cycles. At 32 rows and more a product needs one tile load: 2 of X and 2 of weights feed 4.
+// Per tile of 512 weights: expansion 16 x (kmovd + vpexpandw) = 48 cycles of port 5; TDPBF16PS 16 cycles on its own
+// unit per 16 rows; a tile load 8 cycles. At 32 rows and more a product needs one tile load: 2 of X and 2 of weights
+// feed 4.
 //
 //   M <= 32  a tile pair is expanded one step ahead of its products, the sums stay in tiles 0-3 over all of K
-//   M > 32   panels of 16 tiles x 2 strips: while every row block multiplies one panel, the next is expanded between the
+//   M > 32   panels of 16 tiles x 2 strips: while every row block multiplies one panel, the next is expanded between
+//   the
 //            products, one tile per step; sums pass from panel to panel through an array on the stack
 //
 // GCC 12's tile intrinsics do not tell the compiler that they touch memory, hence the barriers.
@@ -29,7 +31,9 @@ struct TileConfig {
   uint8_t rows[16];
 };
 
-SPARAMX_INLINE void Barrier() { __asm__ volatile("" ::: "memory"); }
+SPARAMX_INLINE void Barrier() {
+  __asm__ volatile("" ::: "memory");
+}
 
 // Loads the configuration for a scope: ONNX Runtime's own kernels share the thread, so nothing may stay behind.
 class TileScope {
@@ -166,8 +170,8 @@ void SmallStrips(const MatMulJob& job, size_t strip, size_t first, size_t last) 
 
 // One block of rows over one panel; `background` expands a tile of the next panel at every step.
 template <int RowTiles, int Strips, typename Background>
-SPARAMX_INLINE void PanelBlock(const uint8_t* x, size_t x_row_bytes, const uint8_t* b0, const uint8_t* b1, size_t tiles, bool first,
-                               float* sums, Background&& background) {
+SPARAMX_INLINE void PanelBlock(const uint8_t* x, size_t x_row_bytes, const uint8_t* b0, const uint8_t* b1, size_t tiles,
+                               bool first, float* sums, Background&& background) {
   if (first)
     ZeroSums<RowTiles>();
   else
@@ -195,7 +199,9 @@ void PanelStripsAmx(const MatMulJob& job, size_t strip, size_t first, size_t las
   for (size_t tile = first; tile < last; tile += kPanelTiles) {
     const size_t tiles = Min(kPanelTiles, last - tile), next_tiles = Min(kPanelTiles, last - tile - tiles);
     const uint8_t* b0 = Sparse ? panels[current][0][0] : dense[0] + (tile - first) * kTileBytes;
-    const uint8_t* b1 = Sparse ? panels[current][Strips - 1][0] : Strips == 2 ? dense[1] + (tile - first) * kTileBytes : b0;
+    const uint8_t* b1 = Sparse        ? panels[current][Strips - 1][0]
+                        : Strips == 2 ? dense[1] + (tile - first) * kTileBytes
+                                      : b0;
     size_t expanded = 0;
     const auto background = [&]() __attribute__((always_inline)) {
       if (!Sparse || expanded == next_tiles * Strips) return;
@@ -208,9 +214,11 @@ void PanelStripsAmx(const MatMulJob& job, size_t strip, size_t first, size_t las
     for (size_t m = 0; m < rows; m += kBlock) {
       float* block_sums = sums + m * kStrips * kStripColumns;
       if (rows - m >= kBlock)
-        PanelBlock<2, Strips>(x + m * job.x_row_bytes, job.x_row_bytes, b0, b1, tiles, tile == first, block_sums, background);
+        PanelBlock<2, Strips>(x + m * job.x_row_bytes, job.x_row_bytes, b0, b1, tiles, tile == first, block_sums,
+                              background);
       else
-        PanelBlock<1, Strips>(x + m * job.x_row_bytes, job.x_row_bytes, b0, b1, tiles, tile == first, block_sums, background);
+        PanelBlock<1, Strips>(x + m * job.x_row_bytes, job.x_row_bytes, b0, b1, tiles, tile == first, block_sums,
+                              background);
     }
     while (Sparse && expanded < next_tiles * Strips) background();
     if (Sparse) current ^= 1;

@@ -1,9 +1,10 @@
-// AVX2 with FMA (Haswell to Alder Lake, Zen to Zen 3): no expand instruction, so each byte of the bitmap selects a shuffle
-// from a table in L1.
+// AVX2 with FMA (Haswell to Alder Lake, Zen to Zen 3): no expand instruction, so each byte of the bitmap selects a
+// shuffle from a table in L1.
 //
-// Eight fp32 weights: one table load (vpmovsxbd), vpermd (port 5), a shift and an andnot for the holes, popcnt. Eight bf16
-// weights: one pshufb (port 5) with a 16-byte table row that zeroes the holes, then a shift and an and to two fp32 rows.
-// Registers: a strip is two ymm. M <= 4: 8 sums (4 chains at M = 1). Above: 6 rows x 1 strip = 12 sums, 2 weights, 1 broadcast.
+// Eight fp32 weights: one table load (vpmovsxbd), vpermd (port 5), a shift and an andnot for the holes, popcnt. Eight
+// bf16 weights: one pshufb (port 5) with a 16-byte table row that zeroes the holes, then a shift and an and to two fp32
+// rows. Registers: a strip is two ymm. M <= 4: 8 sums (4 chains at M = 1). Above: 6 rows x 1 strip = 12 sums, 2
+// weights, 1 broadcast.
 #include <immintrin.h>
 
 #include "kernels/pack_rows.h"
@@ -36,7 +37,9 @@ constexpr ShuffleTables MakeTables() {
 constexpr ShuffleTables kTables = MakeTables();
 constexpr size_t kPrefetchBytes = 1024;
 
-SPARAMX_INLINE void Prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+SPARAMX_INLINE void Prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
 
 struct Avx2Base {
   struct Vec {
@@ -52,7 +55,9 @@ struct Avx2Base {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(columns) - first), lane);
   }
   static SPARAMX_INLINE Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-  static SPARAMX_INLINE Vec Add(const Vec& a, const Vec& b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  static SPARAMX_INLINE Vec Add(const Vec& a, const Vec& b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+  }
   static SPARAMX_INLINE Vec Load(const float* p, size_t columns) {
     if (columns >= 16) return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
     return {_mm256_maskload_ps(p, Columns(columns, 0)), _mm256_maskload_ps(p + 8, Columns(columns, 8))};
@@ -91,7 +96,8 @@ struct Avx2Fp32 : Avx2Base {
       Prefetch(values + kPrefetchBytes);
       if (Sparse) {
         const uint32_t mask = cursor->masks[half];
-        const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.lane[mask])));
+        const __m256i lanes =
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.lane[mask])));
         v = _mm256_andnot_si256(_mm256_srai_epi32(lanes, 31), _mm256_permutevar8x32_epi32(v, lanes));
         values += 4 * static_cast<size_t>(__builtin_popcount(mask));
       } else {
@@ -153,7 +159,8 @@ const Level kAvx2Level = {
     kAvx2,
     {
         {{"avx2", 4, 1, PackRowsFp32, MultiplyStrips<Avx2Fp32>}, {}},
-        {{"avx2", 4, 1, PackRowsFp32, MultiplyStrips<Avx2Bf16>}, {"avx2", 4, 1, PackRowsRounded, MultiplyStrips<Avx2Bf16>}},
+        {{"avx2", 4, 1, PackRowsFp32, MultiplyStrips<Avx2Bf16>},
+         {"avx2", 4, 1, PackRowsRounded, MultiplyStrips<Avx2Bf16>}},
         {},
         {},
     },

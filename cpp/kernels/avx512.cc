@@ -1,4 +1,5 @@
-// AVX-512 F, BW, DQ, VL without VBMI2 (Skylake, Cascade Lake, Cooper Lake): only vpexpandd exists, so bf16 is widened first.
+// AVX-512 F, BW, DQ, VL without VBMI2 (Skylake, Cascade Lake, Cooper Lake): only vpexpandd exists, so bf16 is widened
+// first.
 //
 // Expanding a row of 16 fp32 weights: kmovw (port 5), vpexpandd (2 x port 5), popcnt. A row of 32 bf16 weights: twice
 // vpmovzxwd (port 5) + kmovw + vpexpandd, two shifts, then two vpermt2ps (port 5) from the pair order to one row per k.
@@ -85,7 +86,8 @@ const Level kAvx512Level = {
     kAvx2 | kAvx512,
     {
         {{"avx512", 4, 1, PackRowsFp32, MultiplyStrips<Avx512Fp32>}, {}},
-        {{"avx512", 4, 1, PackRowsFp32, MultiplyStrips<Avx512Bf16>}, {"avx512", 4, 1, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
+        {{"avx512", 4, 1, PackRowsFp32, MultiplyStrips<Avx512Bf16>},
+         {"avx512", 4, 1, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
         {},
         {},
     },

@@ -1,8 +1,8 @@
-// AVX-512 with VBMI2 but without BF16 (Ice Lake, Tiger Lake, Rocket Lake): bf16 weights are expanded as words and become
-// two fp32 rows by a shift and a mask.
+// AVX-512 with VBMI2 but without BF16 (Ice Lake, Tiger Lake, Rocket Lake): bf16 weights are expanded as words and
+// become two fp32 rows by a shift and a mask.
 //
-// A row of 32 bf16 weights: kmovd (port 5), vpexpandw (2 x port 5), a shift, an and, popcnt; then two FMAs per row of X.
-// fp32 weights have nothing to gain from VBMI2: the table entry is avx512's.
+// A row of 32 bf16 weights: kmovd (port 5), vpexpandw (2 x port 5), a shift, an and, popcnt; then two FMAs per row of
+// X. fp32 weights have nothing to gain from VBMI2: the table entry is avx512's.
 #include "kernels/avx512_vec.h"
 #include "kernels/pack_rows.h"
 #include "kernels/strip_loop.h"

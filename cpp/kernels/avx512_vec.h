@@ -47,7 +47,9 @@ SPARAMX_INLINE uint32_t LoadU16(const uint8_t* p) {
 // The packed stream has no fixed stride, which the hardware's prefetchers follow badly.
 constexpr size_t kPrefetchBytes = 2048;
 
-SPARAMX_INLINE void Prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+SPARAMX_INLINE void Prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
 
 }  // namespace
 }  // namespace sparamx

@@ -42,7 +42,9 @@ SPARAMX_INLINE void Exp(Lanes* x) {
   *x = (Lanes)((LanesInt)p + exponent);
 }
 
-SPARAMX_INLINE void Relu(Lanes* x) { *x = *x < 0.0f ? *x * 0.0f : *x; }
+SPARAMX_INLINE void Relu(Lanes* x) {
+  *x = *x < 0.0f ? *x * 0.0f : *x;
+}
 
 SPARAMX_INLINE void Silu(Lanes* x) {
   Lanes e = -*x;
@@ -58,7 +60,8 @@ SPARAMX_INLINE void GeluTanh(Lanes* x) {
   *x = *x / (e + 1.0f);
 }
 
-// With z = |x| / sqrt 2 and q = erfc(z): gelu is x q / 2 for negative x and x - x q / 2 otherwise, without cancellation.
+// With z = |x| / sqrt 2 and q = erfc(z): gelu is x q / 2 for negative x and x - x q / 2 otherwise, without
+// cancellation.
 SPARAMX_INLINE void Gelu(Lanes* x) {
   const Lanes z = (*x < 0.0f ? -*x : *x) * 0.707106781f;
   Lanes e = -z * z;
@@ -79,11 +82,16 @@ SPARAMX_INLINE void Gelu(Lanes* x) {
 
 SPARAMX_INLINE void Activate(Epilogue epilogue, Lanes* x) {
   switch (epilogue) {
-    case Epilogue::kNone: return;
-    case Epilogue::kRelu: return Relu(x);
-    case Epilogue::kGelu: return Gelu(x);
-    case Epilogue::kGeluTanh: return GeluTanh(x);
-    case Epilogue::kSilu: return Silu(x);
+    case Epilogue::kNone:
+      return;
+    case Epilogue::kRelu:
+      return Relu(x);
+    case Epilogue::kGelu:
+      return Gelu(x);
+    case Epilogue::kGeluTanh:
+      return GeluTanh(x);
+    case Epilogue::kSilu:
+      return Silu(x);
   }
 }
 

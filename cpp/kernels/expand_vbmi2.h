@@ -1,8 +1,8 @@
 // Expansion of a tile of 16-bit weights with VBMI2's vpexpandw.
 //
-// A row of 32 weights: kmovd (port 5 on Intel), vpexpandw (2 x port 5), popcnt, a store. Through L1 even where the product
-// could take the register: on Zen 5 the result of an expand is slow to reach a floating-point unit (6.8 cycles a row
-// directly, 3.4 through L1), and AMX reads tiles from memory anyway.
+// A row of 32 weights: kmovd (port 5 on Intel), vpexpandw (2 x port 5), popcnt, a store. Through L1 even where the
+// product could take the register: on Zen 5 the result of an expand is slow to reach a floating-point unit (6.8 cycles
+// a row directly, 3.4 through L1), and AMX reads tiles from memory anyway.
 #pragma once
 
 #include "kernels/avx512_vec.h"

@@ -1,6 +1,6 @@
 // What every instruction-set level offers, as one table of function pointers per level. Kernel files are compiled with
-// flags of their own, so neither this header nor any that they include may define a function with external linkage or use a
-// standard-library template: the linker could pick the copy that was compiled for AVX-512 for everybody.
+// flags of their own, so neither this header nor any that they include may define a function with external linkage or
+// use a standard-library template: the linker could pick the copy that was compiled for AVX-512 for everybody.
 #pragma once
 
 #include <stddef.h>
@@ -20,22 +20,22 @@ constexpr int kActivationTypes = 2;
 // A rectangle of Y: some strips of columns, some rows, over some runs of K.
 struct MatMulJob {
   const PackedView* weights;
-  const void* x;        // rows as Kernel::pack_rows left them
+  const void* x;  // rows as Kernel::pack_rows left them
   size_t x_row_bytes;
   size_t rows;
   size_t first_strip, last_strip;
   size_t first_run, last_run;
-  float* y;             // row 0, column 0 of the whole Y; columns beyond N are never written
-  size_t y_stride;      // floats
-  bool finish;          // apply bias and epilogue; false: leave the bare sums of this part of K
-  const float* bias;    // N floats or null
+  float* y;           // row 0, column 0 of the whole Y; columns beyond N are never written
+  size_t y_stride;    // floats
+  bool finish;        // apply bias and epilogue; false: leave the bare sums of this part of K
+  const float* bias;  // N floats or null
   Epilogue epilogue;
 };
 
 struct Kernel {
-  const char* path;          // as reports name it, e.g. "avx512_bf16"; null: this level lacks the combination
-  size_t x_element_bytes;    // of one packed activation
-  size_t x_row_multiple;     // multiply may read packed rows up to this multiple
+  const char* path;        // as reports name it, e.g. "avx512_bf16"; null: this level lacks the combination
+  size_t x_element_bytes;  // of one packed activation
+  size_t x_row_multiple;   // multiply may read packed rows up to this multiple
   // Packs rows [0, rows) of X[rows, k] to out, padded with zeros to padded_k elements a row.
   void (*pack_rows)(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes);
   void (*multiply)(const MatMulJob& job);
@@ -43,16 +43,16 @@ struct Kernel {
 
 struct Level {
   const char* name;
-  uint64_t features;         // CpuFeature bits that it needs
+  uint64_t features;  // CpuFeature bits that it needs
   Kernel kernels[kWeightTypes][kActivationTypes];
   // y[rows, columns] = epilogue(y + bias), in place.
   void (*finish)(float* y, size_t y_stride, size_t rows, size_t columns, const float* bias, Epilogue epilogue);
 };
 
 enum CpuFeature : uint64_t {
-  kAvx2 = 1u << 0,        // with FMA, F16C, BMI1, BMI2, LZCNT and POPCNT
-  kAvx512 = 1u << 1,      // F, BW, DQ, VL
-  kAvx512Vbmi2 = 1u << 2, // VBMI and VBMI2
+  kAvx2 = 1u << 0,         // with FMA, F16C, BMI1, BMI2, LZCNT and POPCNT
+  kAvx512 = 1u << 1,       // F, BW, DQ, VL
+  kAvx512Vbmi2 = 1u << 2,  // VBMI and VBMI2
   kAvx512Vnni = 1u << 3,
   kAvx512Bf16 = 1u << 4,
   kAmxTile = 1u << 5,

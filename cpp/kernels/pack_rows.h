@@ -1,5 +1,5 @@
-// Packing of activations, one text for every level: a copy in fp32 (rounded to bf16 where the products want that) or bf16
-// itself, padded with zeros to whole tiles. The compiler vectorises these loops for each level's flags.
+// Packing of activations, one text for every level: a copy in fp32 (rounded to bf16 where the products want that) or
+// bf16 itself, padded with zeros to whole tiles. The compiler vectorises these loops for each level's flags.
 #pragma once
 
 #ifdef __AVX512BF16__
@@ -18,7 +18,8 @@ inline uint32_t RoundedToBf16(uint32_t bits) {
   return magnitude < 0x00800000u ? 0u : finite & 0xffff0000u;
 }
 
-[[maybe_unused]] void PackRowsFp32(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+[[maybe_unused]] void PackRowsFp32(const float* x, size_t rows, size_t k, size_t padded_k, void* out,
+                                   size_t out_row_bytes) {
   for (size_t m = 0; m < rows; ++m) {
     uint8_t* row = static_cast<uint8_t*>(out) + m * out_row_bytes;
     __builtin_memcpy(row, x + m * k, k * sizeof(float));
@@ -26,7 +27,8 @@ inline uint32_t RoundedToBf16(uint32_t bits) {
   }
 }
 
-[[maybe_unused]] void PackRowsRounded(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+[[maybe_unused]] void PackRowsRounded(const float* x, size_t rows, size_t k, size_t padded_k, void* out,
+                                      size_t out_row_bytes) {
   for (size_t m = 0; m < rows; ++m) {
     uint32_t* row = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(out) + m * out_row_bytes);
     for (size_t i = 0; i < k; ++i) {
@@ -40,7 +42,8 @@ inline uint32_t RoundedToBf16(uint32_t bits) {
 
 #ifdef __AVX512BF16__
 // Rows of X as bf16. vcvtneps2bf16 rounds to nearest even and takes denormals as zero, as docs/numerics.md says.
-[[maybe_unused]] void PackRowsBf16(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes) {
+[[maybe_unused]] void PackRowsBf16(const float* x, size_t rows, size_t k, size_t padded_k, void* out,
+                                   size_t out_row_bytes) {
   for (size_t m = 0; m < rows; ++m) {
     uint8_t* row = static_cast<uint8_t*>(out) + m * out_row_bytes;
     for (size_t i = 0; i < padded_k; i += 16) {

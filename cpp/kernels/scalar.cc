@@ -93,7 +93,8 @@ const Level kScalarLevel = {
     0,
     {
         {{"scalar", 4, 1, PackRowsFp32, MultiplyStrips<ScalarFp32>}, {}},
-        {{"scalar", 4, 1, PackRowsFp32, MultiplyStrips<ScalarBf16>}, {"scalar", 4, 1, PackRowsRounded, MultiplyStrips<ScalarBf16>}},
+        {{"scalar", 4, 1, PackRowsFp32, MultiplyStrips<ScalarBf16>},
+         {"scalar", 4, 1, PackRowsRounded, MultiplyStrips<ScalarBf16>}},
         {},
         {},
     },

@@ -5,10 +5,9 @@
 //   kPanelTiles                 tiles of one strip that are expanded together for larger M (the panel stays in L1)
 //   kDirectRows                 largest M whose sums stay in registers over all of K
 //   kBlockRows, kBlockStrips    register block for larger M
-//   Expand<Sparse>(cursor, out) expands one tile and advances; returns where the expanded tile is (out, or the blob itself)
-//   Zero, Add, Load, Store      of Vec; Load and Store take the count of columns that exist
-//   kSteps                      rows of a panel tile (each multiplies one broadcast from x)
-//   kStepBytes                  bytes of x that one step broadcasts
+//   Expand<Sparse>(cursor, out) expands one tile and advances; returns where the expanded tile is (out, or the blob
+//   itself) Zero, Add, Load, Store      of Vec; Load and Store take the count of columns that exist kSteps rows of a
+//   panel tile (each multiplies one broadcast from x) kStepBytes                  bytes of x that one step broadcasts
 //   Weights(tile, step)         one row of the panel
 //   Multiply(sum, w, x)         sum + w * broadcast(*x)
 //
@@ -39,7 +38,9 @@ SPARAMX_INLINE Cursor StartOf(const PackedView& w, size_t strip, size_t run) {
   return {w.bitmap + tile * MaskBytesPerTile(w.type), w.values + ValueBytes(w.type, ValuesBefore(w, strip, run))};
 }
 
-SPARAMX_INLINE size_t Min(size_t a, size_t b) { return a < b ? a : b; }
+SPARAMX_INLINE size_t Min(size_t a, size_t b) {
+  return a < b ? a : b;
+}
 
 // Columns of a strip that exist.
 SPARAMX_INLINE size_t ColumnsOf(const PackedView& w, size_t strip) {
@@ -74,7 +75,8 @@ void DirectRows(const MatMulJob& job) {
         const typename Isa::Vec weights = Isa::Weights(panel, step);
 #pragma GCC unroll 32
         for (int m = 0; m < Rows; ++m)
-          sums[m][step % kChains] = Isa::Multiply(sums[m][step % kChains], weights, x + m * job.x_row_bytes + step * Isa::kStepBytes);
+          sums[m][step % kChains] =
+              Isa::Multiply(sums[m][step % kChains], weights, x + m * job.x_row_bytes + step * Isa::kStepBytes);
       }
       x += Isa::kSteps * Isa::kStepBytes;
     }
@@ -96,8 +98,8 @@ SPARAMX_INLINE void Direct(const MatMulJob& job) {
 
 // Rows x Strips outputs, their sums carried in y from one panel to the next.
 template <class Isa, int Rows, int Strips>
-void Block(const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles, const uint8_t* x, size_t x_row_bytes, float* y,
-           size_t y_stride, size_t columns, bool first) {
+void Block(const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles, const uint8_t* x, size_t x_row_bytes,
+           float* y, size_t y_stride, size_t columns, bool first) {
   typename Isa::Vec sums[Rows][Strips];
   for (int m = 0; m < Rows; ++m)
     for (int s = 0; s < Strips; ++s) {
@@ -111,7 +113,8 @@ void Block(const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles, cons
       for (int s = 0; s < Strips; ++s) weights[s] = Isa::Weights(panels[s] + tile * Isa::kPanelTileBytes, step);
 #pragma GCC unroll 32
       for (int m = 0; m < Rows; ++m)
-        for (int s = 0; s < Strips; ++s) sums[m][s] = Isa::Multiply(sums[m][s], weights[s], x + m * x_row_bytes + step * Isa::kStepBytes);
+        for (int s = 0; s < Strips; ++s)
+          sums[m][s] = Isa::Multiply(sums[m][s], weights[s], x + m * x_row_bytes + step * Isa::kStepBytes);
     }
     x += Isa::kSteps * Isa::kStepBytes;
   }
@@ -121,8 +124,9 @@ void Block(const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles, cons
 }
 
 template <class Isa, int Strips, int Rows = Isa::kBlockRows>
-SPARAMX_INLINE void AnyBlock(size_t rows, const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles, const uint8_t* x,
-                             size_t x_row_bytes, float* y, size_t y_stride, size_t columns, bool first) {
+SPARAMX_INLINE void AnyBlock(size_t rows, const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles,
+                             const uint8_t* x, size_t x_row_bytes, float* y, size_t y_stride, size_t columns,
+                             bool first) {
   if constexpr (Rows > 0) {
     if (rows == Rows) return Block<Isa, Rows, Strips>(panels, tiles, x, x_row_bytes, y, y_stride, columns, first);
     return AnyBlock<Isa, Strips, Rows - 1>(rows, panels, tiles, x, x_row_bytes, y, y_stride, columns, first);

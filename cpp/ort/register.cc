@@ -20,11 +20,13 @@ static_assert(ORT_API_VERSION >= kApiVersion, "build against the ONNX Runtime 1.
 OrtStatus* TooOld(const OrtApiBase* base) {
   const OrtApi* old = base->GetApi(12);
   if (old == nullptr) return nullptr;
-  const std::string message = std::string("sparamx-onnx needs ONNX Runtime 1.21 or later; this is ") + base->GetVersionString();
+  const std::string message =
+      std::string("sparamx-onnx needs ONNX Runtime 1.21 or later; this is ") + base->GetVersionString();
   return old->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
 }
 
-// The domain of a session's options must live as long as the session, which nobody tells us the end of: one for the process.
+// The domain of a session's options must live as long as the session, which nobody tells us the end of: one for the
+// process.
 Ort::CustomOpDomain& Domain() {
   static const sparamx::SparseAMXMatMul matmul;
   static Ort::CustomOpDomain* domain = [] {

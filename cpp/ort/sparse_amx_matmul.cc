@@ -94,7 +94,9 @@ class Scratch {
   alignas(64) uint8_t stack_[kStackScratch];
 };
 
-OrtStatus* StatusOf(const std::exception& e) { return Ort::GetApi().CreateStatus(ORT_FAIL, e.what()); }
+OrtStatus* StatusOf(const std::exception& e) {
+  return Ort::GetApi().CreateStatus(ORT_FAIL, e.what());
+}
 
 std::string ShapeText(const std::vector<int64_t>& shape) {
   std::string text = "[";
@@ -139,8 +141,8 @@ SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelI
   if (!status.ok()) Fail(status);
   const PackedView& view = matmul_.weights();
   if (view.k != static_cast<uint64_t>(k_) || view.n != static_cast<uint64_t>(n_))
-    Fail(Status::Invalid("its packed weight is " + std::to_string(view.k) + " x " + std::to_string(view.n) + ", but its attributes say K = " +
-                         std::to_string(k_) + ", N = " + std::to_string(n_)));
+    Fail(Status::Invalid("its packed weight is " + std::to_string(view.k) + " x " + std::to_string(view.n) +
+                         ", but its attributes say K = " + std::to_string(k_) + ", N = " + std::to_string(n_)));
 }
 
 OrtStatusPtr SparseAMXMatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
@@ -159,12 +161,15 @@ void SparseAMXMatMulKernel::Compute(OrtKernelContext* context) const {
   size_t inputs = 0;
   Ort::ThrowOnError(api_.KernelContext_GetInputCount(context, &inputs));
   Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kX, &x_value));
-  if (inputs > SparseAMXMatMul::kB) Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kB, &b_value));
+  if (inputs > SparseAMXMatMul::kB)
+    Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kB, &b_value));
   const Tensor x = Read(api_, x_value), bias = Read(api_, b_value);
   if (x.shape.empty() || x.shape.back() != k_)
-    Fail(Status::Invalid("X has the shape " + ShapeText(x.shape) + ", but its last dimension must be K = " + std::to_string(k_)));
+    Fail(Status::Invalid("X has the shape " + ShapeText(x.shape) +
+                         ", but its last dimension must be K = " + std::to_string(k_)));
   if (bias.data != nullptr && (bias.shape.size() != 1 || bias.shape[0] != n_))
-    Fail(Status::Invalid("B has the shape " + ShapeText(bias.shape) + ", but it must be [N] = [" + std::to_string(n_) + "]"));
+    Fail(Status::Invalid("B has the shape " + ShapeText(bias.shape) + ", but it must be [N] = [" + std::to_string(n_) +
+                         "]"));
 
   std::vector<int64_t> y_shape = x.shape;
   y_shape.back() = n_;
@@ -190,14 +195,15 @@ void SparseAMXMatMulKernel::Compute(OrtKernelContext* context) const {
   Multiply(context, matmul, xs, rows, bs, static_cast<float*>(y));
 }
 
-void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& matmul, const float* x, size_t rows, const float* bias,
-                                     float* y) const {
+void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& matmul, const float* x, size_t rows,
+                                     const float* bias, float* y) const {
   Host host = {&api_, context};
   Scratch scratch(api_, context, cpu_memory_, matmul.ScratchBytes(rows));
   matmul.Run(x, rows, bias, y, scratch.get(), {Host::ParallelRun, &host});
 }
 
-OrtStatusPtr SparseAMXMatMul::CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept {
+OrtStatusPtr SparseAMXMatMul::CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info,
+                                             void** kernel) const noexcept {
   try {
     *kernel = new SparseAMXMatMulKernel(api, info);
     return nullptr;

@@ -19,7 +19,8 @@ class SparseAMXMatMulKernel {
 
  private:
   void Compute(OrtKernelContext* context) const;
-  void Multiply(OrtKernelContext* context, const MatMul& matmul, const float* x, size_t rows, const float* bias, float* y) const;
+  void Multiply(OrtKernelContext* context, const MatMul& matmul, const float* x, size_t rows, const float* bias,
+                float* y) const;
   [[noreturn]] void Fail(const Status& status) const;
 
   const OrtApi& api_;

@@ -22,9 +22,11 @@ struct Rule {
 constexpr size_t kAnyRows = ~static_cast<size_t>(0);
 
 // Filled from measurements, see docs/performance.md.
-//  - Intel's vdpbf16ps does one product of 512 bits in 2.1 cycles, fp32 FMA two a cycle: FMA is faster at every M, although
+//  - Intel's vdpbf16ps does one product of 512 bits in 2.1 cycles, fp32 FMA two a cycle: FMA is faster at every M,
+//  although
 //    bf16 weights must be widened.
-//  - With AMX there is no rule: even one row runs faster through the tiles, which leave the vector ports to the expansion.
+//  - With AMX there is no rule: even one row runs faster through the tiles, which leave the vector ports to the
+//  expansion.
 const Rule kRules[] = {
     {&kAvx512Bf16Level, Vendor::kIntel, WeightType::kBf16, Activations::kBf16, 1, kAnyRows, &kAvx512Vbmi2Level},
 };
@@ -42,11 +44,12 @@ std::string LevelsJson() {
   std::string levels;
   for (const Level* level : Levels()) {
     const std::string missing = MissingFeatures(level->features);
-    const std::string reason = missing.empty()                                     ? "the CPU has all it needs"
-                               : level == &kAmxLevel && !AmxRefusal().empty() ? AmxRefusal()
-                                                                              : "the CPU or the operating system lacks " + missing;
-    levels += std::string(levels.empty() ? "" : ", ") + "{\"name\": " + Quoted(level->name) + ", \"supported\": " +
-              (missing.empty() ? "true" : "false") + ", \"reason\": " + Quoted(reason) + "}";
+    const std::string reason = missing.empty() ? "the CPU has all it needs"
+                               : level == &kAmxLevel && !AmxRefusal().empty()
+                                   ? AmxRefusal()
+                                   : "the CPU or the operating system lacks " + missing;
+    levels += std::string(levels.empty() ? "" : ", ") + "{\"name\": " + Quoted(level->name) +
+              ", \"supported\": " + (missing.empty() ? "true" : "false") + ", \"reason\": " + Quoted(reason) + "}";
   }
   return "[" + levels + "]";
 }
@@ -94,14 +97,18 @@ std::string CpuInfoJson() {
   const Level* level = nullptr;
   bool forced = false;
   const Status status = ChooseLevel(nullptr, &level, &forced);
-  std::string json = "{\"cpu\": " + Quoted(CpuName()) + ", \"features\": [" + features + "], \"levels\": " + LevelsJson();
+  std::string json =
+      "{\"cpu\": " + Quoted(CpuName()) + ", \"features\": [" + features + "], \"levels\": " + LevelsJson();
   const char* name = ForcedLevel();
-  json += ", \"forced\": " + (name ? Quoted(name) : "null") + ", \"level\": " + (status.ok() ? Quoted(level->name) : "null");
-  json += ", \"reason\": " + Quoted(!status.ok() ? status.message : forced ? "SPARAMX_ISA asks for it" : "the highest level that this CPU runs");
+  json += ", \"forced\": " + (name ? Quoted(name) : "null") +
+          ", \"level\": " + (status.ok() ? Quoted(level->name) : "null");
+  json += ", \"reason\": " + Quoted(!status.ok() ? status.message
+                                    : forced     ? "SPARAMX_ISA asks for it"
+                                                 : "the highest level that this CPU runs");
   json += ", \"kernels\": {";
   if (status.ok())
-    json += "\"fp32\": " + KernelsJson(*level, forced, WeightType::kFp32, Activations::kFp32) + ", \"bf16\": " +
-            KernelsJson(*level, forced, WeightType::kBf16, Activations::kBf16);
+    json += "\"fp32\": " + KernelsJson(*level, forced, WeightType::kFp32, Activations::kFp32) +
+            ", \"bf16\": " + KernelsJson(*level, forced, WeightType::kBf16, Activations::kBf16);
   return json + "}}";
 }
 

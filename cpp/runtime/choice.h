@@ -8,8 +8,8 @@
 
 namespace sparamx {
 
-// The kernel of a level, or, where the level has none for the combination, that of the next lower one that has. Null where
-// no level has it.
+// The kernel of a level, or, where the level has none for the combination, that of the next lower one that has. Null
+// where no level has it.
 const Kernel* FindKernel(const Level& level, WeightType type, Activations activations);
 
 // The kernel for M = rows: by the table, or, where somebody forced the level, that level's own (FindKernel).

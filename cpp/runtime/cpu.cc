@@ -22,7 +22,9 @@ Registers Cpuid(unsigned leaf, unsigned subleaf) {
   return r;
 }
 
-bool Bit(unsigned word, int bit) { return (word >> bit & 1u) != 0; }
+bool Bit(unsigned word, int bit) {
+  return (word >> bit & 1u) != 0;
+}
 
 // The register states that the operating system saves. XGETBV exists only where OSXSAVE is set.
 uint64_t SavedStates() {
@@ -51,7 +53,8 @@ uint64_t Detect() {
   return features;
 }
 
-// Linux saves tile registers only for processes that asked (arch_prctl(2), ARCH_REQ_XCOMP_PERM with XFEATURE_XTILEDATA).
+// Linux saves tile registers only for processes that asked (arch_prctl(2), ARCH_REQ_XCOMP_PERM with
+// XFEATURE_XTILEDATA).
 bool PermitAmx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -69,7 +72,8 @@ const Detected& DetectOnce() {
     constexpr uint64_t kAmx = kAmxTile | kAmxBf16 | kAmxInt8;
     if ((d.features & kAmxTile) != 0 && !PermitAmx()) {
       d.features &= ~kAmx;
-      d.amx_refusal = std::string("the operating system refused AMX to this process (arch_prctl: ") + std::strerror(errno) + ")";
+      d.amx_refusal =
+          std::string("the operating system refused AMX to this process (arch_prctl: ") + std::strerror(errno) + ")";
       std::fprintf(stderr, "sparamx-onnx: %s; using AVX-512 instead\n", d.amx_refusal.c_str());
     }
     return d;
@@ -82,8 +86,14 @@ struct FeatureName {
   const char* name;
 };
 constexpr FeatureName kFeatureNames[] = {
-    {kAvx2, "avx2"},         {kAvx512, "avx512"},    {kAvx512Vbmi2, "avx512_vbmi2"}, {kAvx512Vnni, "avx512_vnni"},
-    {kAvx512Bf16, "avx512_bf16"}, {kAmxTile, "amx_tile"}, {kAmxBf16, "amx_bf16"},         {kAmxInt8, "amx_int8"},
+    {kAvx2, "avx2"},
+    {kAvx512, "avx512"},
+    {kAvx512Vbmi2, "avx512_vbmi2"},
+    {kAvx512Vnni, "avx512_vnni"},
+    {kAvx512Bf16, "avx512_bf16"},
+    {kAmxTile, "amx_tile"},
+    {kAmxBf16, "amx_bf16"},
+    {kAmxInt8, "amx_int8"},
 };
 
 std::string LevelNames() {
@@ -94,9 +104,13 @@ std::string LevelNames() {
 
 }  // namespace
 
-uint64_t CpuFeatures() { return DetectOnce().features; }
+uint64_t CpuFeatures() {
+  return DetectOnce().features;
+}
 
-const std::string& AmxRefusal() { return DetectOnce().amx_refusal; }
+const std::string& AmxRefusal() {
+  return DetectOnce().amx_refusal;
+}
 
 bool IsIntelCpu() {
   const Registers r = Cpuid(0, 0);
@@ -128,8 +142,8 @@ std::vector<std::string> FeatureNames() {
 }
 
 const std::vector<const Level*>& Levels() {
-  static const std::vector<const Level*> levels = {&kScalarLevel, &kAvx2Level, &kAvx512Level, &kAvx512Vbmi2Level,
-                                                   &kAvx512Bf16Level, &kAmxLevel};
+  static const std::vector<const Level*> levels = {&kScalarLevel,      &kAvx2Level,       &kAvx512Level,
+                                                   &kAvx512Vbmi2Level, &kAvx512Bf16Level, &kAmxLevel};
   return levels;
 }
 
@@ -156,7 +170,8 @@ Status ChooseLevel(const char* name, const Level** level, bool* forced) {
     if (std::strcmp(candidate->name, name) != 0) continue;
     const std::string missing = MissingFeatures(candidate->features);
     if (!missing.empty())
-      return Status::Unsupported(quoted + " cannot run here: " + (AmxRefusal().empty() ? "this CPU lacks " + missing : AmxRefusal()));
+      return Status::Unsupported(
+          quoted + " cannot run here: " + (AmxRefusal().empty() ? "this CPU lacks " + missing : AmxRefusal()));
     *level = candidate;
     return {};
   }

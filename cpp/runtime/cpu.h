@@ -10,7 +10,8 @@
 
 namespace sparamx {
 
-// CpuFeature bits that the CPU has (CPUID), the operating system saves (XCR0) and, for AMX, permits. Asked once per process.
+// CpuFeature bits that the CPU has (CPUID), the operating system saves (XCR0) and, for AMX, permits. Asked once per
+// process.
 uint64_t CpuFeatures();
 
 bool IsIntelCpu();
@@ -21,9 +22,9 @@ const std::vector<const Level*>& Levels();
 // The names of the features in `needed` that this CPU lacks, comma-separated; empty if it has all.
 std::string MissingFeatures(uint64_t needed);
 
-// `name` null or "auto": SPARAMX_ISA if set, else the highest level that the CPU runs. An unknown or unsupported name is an
-// error that names it; no fallback. `forced` (may be null) tells whether somebody asked for the level.
-Status ChooseLevel(const char* name, const Level** level, bool* forced);
+// `name` null or "auto": SPARAMX_ISA if set, else the highest level that the CPU runs. An unknown or unsupported name
+// is an error that names it; no fallback. `forced` (may be null) tells whether somebody asked for the level.
+Status ChooseLevel(const char* name, const Level** level, bool* forced = nullptr);
 
 // What `name` null or "auto" falls back to before the CPU decides: SPARAMX_ISA, or null.
 const char* ForcedLevel();

@@ -17,7 +17,7 @@ constexpr size_t kMaxItems = 64;
 // Rows per pass over the weights: a tile is expanded once for all of them. X is read again for every strip pair, so it
 // should stay in the L2.
 constexpr size_t kMaxPassRows = 512, kMinPassRows = 64;
-constexpr size_t kPassBytes = 1024 * 1024;
+constexpr size_t kPassBytes = 1152 * 1024;
 // Multiply-adds that weigh as much as a packed byte from memory: with more rows, smaller pieces are worth a thread.
 constexpr uint64_t kRowsPerByte = 4;
 // Strips are handed out in pairs, as the register blocks of larger M take them.
@@ -25,12 +25,14 @@ constexpr size_t kStripStep = 2;
 // Activations above which packing them is shared among threads.
 constexpr size_t kSerialPackElements = 32 * 1024;
 
-size_t PowerOfTwoStride(size_t bytes) { return bytes % 1024 == 0 ? bytes + 64 : bytes; }
+size_t PowerOfTwoStride(size_t bytes) {
+  return bytes % 1024 == 0 ? bytes + 64 : bytes;
+}
 
 }  // namespace
 
-// Items count row passes first, then K parts, then ranges of strips: passes over the same strips follow each other, while
-// their weights are in the cache.
+// Items count row passes first, then K parts, then ranges of strips: passes over the same strips follow each other,
+// while their weights are in the cache.
 struct MatMul::Split {
   size_t passes = 1, pass_rows = 0;
   size_t strip_items = 1;
@@ -53,7 +55,8 @@ Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& opti
   if (!status.ok()) return status;
   const Activations by_default = weights_.type == WeightType::kFp32 ? Activations::kFp32 : Activations::kBf16;
   activations_ = options.default_activations ? by_default : options.activations;
-  if (FindKernel(*level_, weights_.type, activations_) == nullptr) return Status::Invalid("fp32 weights take fp32 activations only");
+  if (FindKernel(*level_, weights_.type, activations_) == nullptr)
+    return Status::Invalid("fp32 weights take fp32 activations only");
   epilogue_ = options.epilogue;
   return {};
 }
@@ -65,7 +68,8 @@ const Kernel& MatMul::KernelFor(size_t rows) const {
 MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
   const Kernel& kernel = KernelFor(rows);
   const size_t padded_k = weights_.tiles * TileK(weights_.type);
-  if (activations_ == Activations::kFp32 && padded_k == weights_.k) return {true, padded_k, weights_.k * sizeof(float), 0};
+  if (activations_ == Activations::kFp32 && padded_k == weights_.k)
+    return {true, padded_k, weights_.k * sizeof(float), 0};
   const size_t row_bytes = PowerOfTwoStride(RoundUp(padded_k * kernel.x_element_bytes, 64));
   return {false, padded_k, row_bytes, RoundUp(RoundUp(rows, kernel.x_row_multiple) * row_bytes, 64)};
 }
@@ -81,7 +85,7 @@ MatMul::Split MatMul::SplitFor(size_t rows) const {
   const uint64_t bytes = static_cast<uint64_t>(weights_.strips) * weights_.tiles * kTileRows * kTileRowBytes / 2;
   const uint64_t work = bytes * (1 + split.pass_rows / kRowsPerByte);
   const size_t wanted = static_cast<size_t>(std::min<uint64_t>(kMaxItems, std::max<uint64_t>(1, work / kItemBytes)));
-  const size_t most = CeilDiv(weights_.strips, kStripStep);
+  const size_t most = std::max<size_t>(1, CeilDiv(weights_.strips, kStripStep));
   split.strip_items = std::min(wanted, most);
   if (most < wanted && split.passes == 1) {
     const size_t parts = std::min(weights_.runs, CeilDiv(wanted, most));

@@ -1,5 +1,5 @@
-// Y = epilogue(X W + bias) for a packed W: which kernel, how the work is split, where scratch lies. Knows no host: threads
-// come as a callback, memory as pointers.
+// Y = epilogue(X W + bias) for a packed W: which kernel, how the work is split, where scratch lies. Knows no host:
+// threads come as a callback, memory as pointers.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ class MatMul {
     Epilogue epilogue = Epilogue::kNone;
     bool default_activations = true;  // bf16 for bf16 weights, fp32 for fp32 weights
     Activations activations = Activations::kFp32;
-    const char* isa = nullptr;        // a level's name; null: SPARAMX_ISA or the best
+    const char* isa = nullptr;  // a level's name; null: SPARAMX_ISA or the best
   };
 
   // Checks the blob. The blob must outlive the object, unchanged.
@@ -31,8 +31,10 @@ class MatMul {
   // Bytes that Run needs for M rows; align them to 64.
   size_t ScratchBytes(size_t rows) const;
 
-  // X[rows, K] and Y[rows, N] are row-major; bias is null or N floats. The result does not depend on the number of threads.
-  void Run(const float* x, size_t rows, const float* bias, float* y, void* scratch, const ParallelFor& parallel) const noexcept;
+  // X[rows, K] and Y[rows, N] are row-major; bias is null or N floats. The result does not depend on the number of
+  // threads.
+  void Run(const float* x, size_t rows, const float* bias, float* y, void* scratch,
+           const ParallelFor& parallel) const noexcept;
 
   const PackedView& weights() const { return weights_; }
   // The name of the kernel that runs for M = rows.

@@ -9,6 +9,8 @@
 #include <sstream>
 #include <string>
 
+#include "runtime/choice.h"
+
 namespace sparamx {
 namespace {
 

@@ -1,0 +1,227 @@
+// Every kernel against a plain double-precision product, over odd shapes, forms, epilogues and ways to run in parallel.
+// Every buffer is a heap block of exactly its size, so that AddressSanitizer sees any access outside.
+#include "runtime/matmul.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "format/for_each.h"
+#include "format/number.h"
+#include "runtime/choice.h"
+#include "runtime/cpu.h"
+
+namespace sparamx {
+namespace {
+
+struct Case {
+  uint64_t rows, k, n;
+  double sparsity;
+  WeightType type;
+  Form form;
+  Epilogue epilogue;
+  bool bias;
+};
+
+std::ostream& operator<<(std::ostream& out, const Case& c) {
+  return out << "M " << c.rows << " K " << c.k << " N " << c.n << " sparsity " << c.sparsity << " type "
+             << static_cast<int>(c.type) << " form " << static_cast<int>(c.form) << " epilogue "
+             << static_cast<int>(c.epilogue) << " bias " << c.bias;
+}
+
+struct Problem {
+  std::vector<float> w, x, bias;
+  std::vector<uint8_t> blob;
+  std::vector<double> expected, magnitude;  // magnitude: what rounding errors are relative to
+};
+
+double Activated(double x, Epilogue epilogue) {
+  switch (epilogue) {
+    case Epilogue::kNone:
+      return x;
+    case Epilogue::kRelu:
+      return std::max(x, 0.0);
+    case Epilogue::kGelu:
+      return x / 2 * std::erfc(-x / std::sqrt(2.0));
+    case Epilogue::kGeluTanh:
+      return x / (1 + std::exp(-2 * std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+    case Epilogue::kSilu:
+      return x / (1 + std::exp(-x));
+  }
+  return 0;
+}
+
+Problem Make(const Case& c, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<double> chance(0, 1);
+  Problem p;
+  p.w.resize(c.k * c.n);
+  p.x.resize(c.rows * c.k);
+  p.bias.resize(c.bias ? c.n : 0);
+  for (uint64_t i = 0; i < p.w.size(); ++i)
+    p.w[i] = chance(random) < c.sparsity || i % c.n == 2 ? 0.0f : normal(random);
+  for (float& v : p.x) v = normal(random);
+  for (float& v : p.bias) v = normal(random);
+  const SourceMatrix source = {p.w.data(), c.k, c.n, static_cast<int64_t>(c.n), 1, SourceType::kFp32};
+  PackOptions options;
+  options.type = c.type;
+  options.form = c.form;
+  options.threads = 1;
+  uint64_t size = 0;
+  EXPECT_TRUE(PackedSize(source, options, &size).ok());
+  p.blob.resize(size);
+  EXPECT_EQ(Pack(source, options, p.blob.data(), size).message, "");
+  const auto seen = [&](float v) { return c.type == WeightType::kBf16 ? FloatFromBf16(Bf16FromFloat(v)) : v; };
+  p.expected.assign(c.rows * c.n, 0);
+  p.magnitude.assign(c.rows * c.n, 1);
+  for (uint64_t m = 0; m < c.rows; ++m) {
+    for (uint64_t k = 0; k < c.k; ++k)
+      for (uint64_t n = 0; n < c.n; ++n) {
+        const double product =
+            static_cast<double>(seen(p.x[m * c.k + k])) * static_cast<double>(seen(p.w[k * c.n + n]));
+        p.expected[m * c.n + n] += product;
+        p.magnitude[m * c.n + n] += std::abs(product);
+      }
+    for (uint64_t n = 0; n < c.n; ++n) {
+      double& y = p.expected[m * c.n + n];
+      if (c.bias) y += static_cast<double>(p.bias[n]);
+      y = Activated(y, c.epilogue);
+    }
+  }
+  return p;
+}
+
+struct Threads {
+  unsigned count;
+  static void Run(void* host, size_t count, void (*body)(void*, size_t), void* user) {
+    ForEach(count, static_cast<Threads*>(host)->count, [&](size_t i) { body(user, i); });
+  }
+};
+
+std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, unsigned threads, std::string* path) {
+  MatMul matmul;
+  MatMul::Options options;
+  options.epilogue = c.epilogue;
+  options.isa = isa;
+  EXPECT_EQ(matmul.Init(p.blob.data(), p.blob.size(), options).message, "");
+  *path = matmul.path(c.rows);
+  const size_t bytes = matmul.ScratchBytes(c.rows);
+  struct Free {
+    void operator()(void* block) const { std::free(block); }
+  };
+  const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, RoundUp(std::max<size_t>(bytes, 1), 64)));
+  std::vector<float> y(c.rows * c.n, std::nanf(""));
+  Threads pool = {threads};
+  matmul.Run(p.x.data(), c.rows, c.bias ? p.bias.data() : nullptr, y.data(), scratch.get(), {Threads::Run, &pool});
+  return y;
+}
+
+// The level whose kernel must run where `level` is forced.
+std::string ExpectedPath(const std::string& level, WeightType type) {
+  if (type == WeightType::kBf16) return level;
+  return level == "scalar" || level == "avx2" ? level : "avx512";
+}
+
+void CheckEveryLevel(const Case& c, uint32_t seed) {
+  SCOPED_TRACE(testing::Message() << c);
+  const Problem p = Make(c, seed);
+  for (const Level* level : Levels()) {
+    if (!MissingFeatures(level->features).empty()) continue;
+    SCOPED_TRACE(level->name);
+    std::string path;
+    const std::vector<float> y = Multiply(c, p, level->name, 1, &path);
+    EXPECT_EQ(path, ExpectedPath(level->name, c.type));
+    for (size_t i = 0; i < y.size(); ++i)
+      ASSERT_NEAR(static_cast<double>(y[i]), p.expected[i], 2e-6 * p.magnitude[i])
+          << "row " << i / c.n << " column " << i % c.n;
+    for (const unsigned threads : {2u, 3u, 8u}) {
+      const std::vector<float> again = Multiply(c, p, level->name, threads, &path);
+      ASSERT_EQ(std::memcmp(y.data(), again.data(), y.size() * sizeof(float)), 0) << threads << " threads";
+    }
+  }
+}
+
+TEST(MatMul, EveryLevelAgreesWithDoublePrecision) {
+  const bool full = std::getenv("SPARAMX_TEST_FULL") != nullptr;
+  std::mt19937 random(7);
+  const auto pick = [&](std::initializer_list<uint64_t> from) { return from.begin()[random() % from.size()]; };
+  for (uint32_t i = 0; i < (full ? 600u : 60u); ++i) {
+    Case c = {};
+    c.rows = pick({1, 2, 3, 4, 5, 7, 12, 13, 16, 17, 31, 32, 33, 48, 70, 130});
+    c.k = pick({1, 2, 15, 16, 17, 31, 32, 33, 63, 127, 257, 511, 512, 513, 600, 1031});
+    c.n = pick({1, 2, 15, 16, 17, 31, 33, 48, 97, 160, 251});
+    c.sparsity = static_cast<double>(pick({0, 30, 50, 90, 100})) / 100;
+    c.type = random() % 2 ? WeightType::kBf16 : WeightType::kFp32;
+    c.form = random() % 4 ? Form::kSparse : Form::kDense;
+    c.epilogue = static_cast<Epilogue>(random() % kEpilogues);
+    c.bias = random() % 2 != 0;
+    CheckEveryLevel(c, i);
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(MatMul, ManyRowsTakeSeveralPasses) {
+  CheckEveryLevel({1100, 70, 40, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, 1);
+  CheckEveryLevel({300, 4100, 24, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kSilu, true}, 2);
+}
+
+TEST(MatMul, FewColumnsAreSplitAlongK) {
+  CheckEveryLevel({1, 40000, 8, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kGelu, true}, 3);
+  CheckEveryLevel({3, 20000, 33, 0.5, WeightType::kFp32, Form::kSparse, Epilogue::kNone, false}, 4);
+  CheckEveryLevel({2, 20000, 33, 0.0, WeightType::kBf16, Form::kDense, Epilogue::kNone, true}, 5);
+}
+
+TEST(MatMul, EmptySizes) {
+  CheckEveryLevel({3, 0, 20, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, 6);
+  CheckEveryLevel({0, 20, 20, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, 7);
+  CheckEveryLevel({3, 20, 0, 0.5, WeightType::kFp32, Form::kDense, Epilogue::kNone, false}, 8);
+}
+
+// An infinite or undefined activation must reach every output of its row and none of another's.
+TEST(MatMul, NonFiniteActivationsSpoilTheirRowOnly) {
+  const Case c = {5, 100, 40, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, false};
+  for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    Problem p = Make(c, 9);
+    p.x[2 * c.k + 37] = bad;
+    for (const Level* level : Levels()) {
+      if (!MissingFeatures(level->features).empty()) continue;
+      std::string path;
+      const std::vector<float> y = Multiply(c, p, level->name, 2, &path);
+      for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isfinite(y[i]), i / c.n != 2) << level->name << " " << i;
+    }
+  }
+}
+
+TEST(MatMul, DenormalActivationsCountAsZeroInBf16) {
+  const Case c = {2, 64, 16, 0.0, WeightType::kBf16, Form::kSparse, Epilogue::kNone, false};
+  Problem p = Make(c, 10);
+  std::fill(p.x.begin(), p.x.end(), 1e-39f);
+  std::fill(p.w.begin(), p.w.end(), 1e30f);
+  for (const Level* level : Levels()) {
+    if (!MissingFeatures(level->features).empty()) continue;
+    std::string path;
+    for (const float y : Multiply(c, p, level->name, 1, &path)) EXPECT_EQ(y, 0.0f) << level->name;
+  }
+}
+
+TEST(MatMul, TheTableNamesALevelThatThisCpuRuns) {
+  const Level* best = nullptr;
+  ASSERT_TRUE(ChooseLevel("auto", &best).ok());
+  for (size_t rows = 1; rows < 600; ++rows) {
+    const Kernel* kernel = ChooseKernel(*best, false, WeightType::kBf16, Activations::kBf16, rows);
+    ASSERT_NE(kernel, nullptr);
+    const Level* level = nullptr;
+    EXPECT_TRUE(ChooseLevel(kernel->path, &level).ok()) << kernel->path;
+  }
+}
+
+}  // namespace
+}  // namespace sparamx
