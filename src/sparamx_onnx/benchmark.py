@@ -18,19 +18,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from sparamx_onnx.feeds import FeedPlan, graph_inputs, is_decoder, plan_feeds, read_npz
 from sparamx_onnx.loading import LoadedModel, load_model
 from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.progress import Report
 
 # A burst lasts about this long, so that it is long beside the switch and short beside the machine's moods.
 _BURST_SECONDS = 0.2
 _SHORTEST_BURST, _LONGEST_BURST = 2, 200
 _DEFAULT_LENGTH = 128
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +95,7 @@ def bench(
     threads: int | None = None,
     inputs: str | os.PathLike[str] | None = None,
     rounds: int = 15,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Benchmark:
     """Times a model, interleaved with another one if there is one.
 
@@ -143,8 +142,16 @@ def bench(
         ratio = timings[1].median / timings[0].median
         per_round = [statistics.median(b) / statistics.median(a) for a, b in zip(*turns, strict=True)]
         ratio_quartiles = _quartiles(per_round)
-    sizes = (plan.batch, plan.length, plan.past) if plan is not None else (None, None, None)
-    return Benchmark(timings, ratio, ratio_quartiles, *sizes, threads, rounds)
+    return Benchmark(
+        timings=timings,
+        ratio=ratio,
+        ratio_quartiles=ratio_quartiles,
+        batch=None if plan is None else plan.batch,
+        length=None if plan is None else plan.length,
+        past=None if plan is None else plan.past,
+        threads=threads,
+        rounds=rounds,
+    )
 
 
 def _plan(model: LoadedModel, batch: int | None, length: int | None) -> FeedPlan:
@@ -186,7 +193,10 @@ class _Worker:
         self.pause()
 
     def pause(self) -> None:
+        """Stops the worker, and returns when it has stopped or is dead (which the next request will notice)."""
         self._process.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def burst(self, runs: int) -> list[float]:
         """Wakes the worker for ``runs`` runs and one that is not counted; seconds of each."""
@@ -245,7 +255,7 @@ def _worker(job: dict[str, Any]) -> Iterator[_Worker]:
                         stream.close()
 
 
-def _take_turns(workers: Sequence[_Worker], rounds: int, progress: Progress | None) -> list[list[list[float]]]:
+def _take_turns(workers: Sequence[_Worker], rounds: int, progress: Report | None) -> list[list[list[float]]]:
     """Seconds of every counted run, by worker and round."""
     sizes = []
     for worker in workers:

@@ -176,8 +176,6 @@ def convert(
     from sparamx_onnx.progress import progress_bar
     from sparamx_onnx.reports import conversion_text
 
-    if sparsity is not None and method != "magnitude":
-        raise click.UsageError(f"--sparsity needs --method magnitude; '{method}' keeps the zeros that are there")
     if method == "magnitude":
         click.echo(_MAGNITUDE_WARNING, err=True)
     with progress_bar() as progress:
@@ -185,7 +183,7 @@ def convert(
             model,
             output,
             method=method,
-            sparsity=0.5 if sparsity is None else sparsity,
+            sparsity=sparsity,
             weights=weights,
             include=include,
             exclude=exclude,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from sparamx_onnx.ops.definitions import DOMAIN
 from sparamx_onnx.ops.errors import SparamxError
@@ -89,7 +88,7 @@ def _parse(path: Path) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(content)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's DecodeError, which has no types to import it with
         what = "is a text file, not an ONNX model" if _is_text(content) else "damaged, or not an ONNX model"
         raise SparamxError(f"{path}: {what}") from error
     if not proto.HasField("graph") or not proto.opset_import:

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+Report = Callable[[int, int, str], None]
+"""Called with how much is done, how much there is in all (0 if unknown), and what is going on."""
+
 _PATIENCE_SECONDS = 1.0
 
-Report = Callable[[int, int, str], None]
+
+def byte_report(report: Report | None, what: str) -> Callable[[int, int], None] | None:
+    """The same for work that reports only bytes done and bytes in all."""
+    return None if report is None else lambda done, total: report(done, total, what)
 
 
 class _Bar:

@@ -26,7 +26,7 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
     library.register(session_options)
 
 
-class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc, unused-ignore]
+class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]
     """``onnxruntime.InferenceSession`` with the sparse operators registered and the CPU as the default provider."""
 
     def __init__(

@@ -117,7 +117,7 @@ def verify(
     outputs = tuple(
         compare(name, [run[name] for run in expected], [run[name] for run in actual], tolerance) for name in names
     )
-    pruned = record["method"] if record.get("method") not in (None, "auto", "keep") else None
+    pruned = record["method"] if record.get("sparsity") is not None else None
     return Verification(os.fspath(reference), os.fspath(converted), source, len(runs), tolerance, pruned, outputs)
 
 

@@ -1,0 +1,127 @@
+"""Converts a model file: reads, plans, rewrites, packs and writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from sparamx_onnx.graph_passes import pipeline, write
+from sparamx_onnx.graph_passes.plan import Plan, Reason
+from sparamx_onnx.loading import load_model
+from sparamx_onnx.ops.packing import WeightType
+from sparamx_onnx.output import check_destination, commit, data_path, staging, write_error
+from sparamx_onnx.progress import Report, byte_report
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionResult:
+    """Result of ``convert``.
+
+    Attributes:
+        model: Path of the input.
+        output: Path of the model that was written, or, in a dry run, would be; None if there is nothing to convert.
+        data: Path of its external data file, likewise.
+        written: Whether anything was written.
+        dry_run: Whether that was asked for.
+        already_converted: Whether there is nothing to convert because it has been done.
+        bytes_before: Size of the input: the model file and its external data.
+        bytes_after: Size of what was written; None if nothing was.
+        seconds: Time that it took.
+        plan: What happened to every MatMul, Gemm and relative, and why.
+    """
+
+    model: str
+    output: str | None
+    data: str | None
+    written: bool
+    dry_run: bool
+    already_converted: bool
+    bytes_before: int
+    bytes_after: int | None
+    seconds: float
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "plan"}
+        return {**values, **self.plan.to_json()}
+
+
+def convert(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    method: str = "auto",
+    sparsity: float | None = None,
+    weights: str = "bf16",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Report | None = None,
+) -> ConversionResult:
+    """Rewrites the linear layers of a model as sparse operators and writes the result beside the original.
+
+    Weights are packed one at a time, so that a model of any size fits. If there is nothing to convert, or the model has
+    been converted already, nothing is written. An interrupted call leaves no part of an output behind.
+
+    Args:
+        model: An ONNX file.
+        output: The file to write; its weights go to the same name with ``.data`` appended. By default
+            ``NAME.sparse.onnx`` in the folder of ``NAME.onnx``.
+        method: ``keep`` uses the zeros that are there, and so does ``auto``. ``magnitude`` sets the smallest weights to
+            zero without looking at any data, which usually ruins a language model at 50 %.
+        sparsity: Share of zeros that pruning leaves behind, per weight; 0.5 if None. Only for ``magnitude``.
+        weights: Type of the packed weights: ``bf16`` or ``fp32`` (exact).
+        include: Regular expressions; if any are given, only layers whose name one of them finds are converted. An
+            output layer, which ``magnitude`` spares, is pruned if it is named here.
+        exclude: Regular expressions; layers whose name one of them finds are left alone.
+        force: Replace the output if it exists.
+        dry_run: Plan, measure, and write nothing.
+        progress: Called with (done, total, what is going on).
+
+    Raises:
+        SparamxError: The model or an option cannot be used, or the output cannot be written. The message is one
+            sentence that names what is wrong.
+    """
+    start = time.monotonic()
+    options = pipeline.ConvertOptions(
+        # Strings, as ConvertOptions takes them too: it checks them, in words.
+        method=cast(pipeline.Method, method),
+        sparsity=sparsity,
+        weights=cast(WeightType, weights),
+        include=tuple(include),
+        exclude=tuple(exclude),
+    )
+    source = Path(model)
+    target = source.with_name(f"{source.stem}.sparse.onnx") if output is None else Path(output)
+    loaded = load_model(source)
+    if not dry_run:
+        check_destination(target, inputs=(source, *loaded.data_files), force=force)
+    plan = pipeline.run(loaded.model, options, byte_report(progress, "reading weights"), measure=dry_run)
+    saved = None
+    if plan.converted and not dry_run:
+        with staging(target) as folder:
+            try:
+                saved = write.save(
+                    loaded.model, folder / target.name, progress=byte_report(progress, "packing weights")
+                )
+                commit(folder, target)
+            except OSError as error:
+                raise write_error(target, error) from error
+    return ConversionResult(
+        model=os.fspath(model),
+        output=os.fspath(target) if plan.converted else None,
+        data=os.fspath(data_path(target)) if plan.converted else None,
+        written=saved is not None,
+        dry_run=dry_run,
+        already_converted=not plan.converted and any(node.reason is Reason.ALREADY_CONVERTED for node in plan),
+        bytes_before=loaded.bytes_on_disk,
+        bytes_after=None if saved is None else saved.model_bytes + saved.data_bytes,
+        seconds=time.monotonic() - start,
+        plan=plan,
+    )

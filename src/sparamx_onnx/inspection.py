@@ -1,0 +1,82 @@
+"""Says what of a model could be converted, or what has been, without changing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.plan import Plan, Reason
+from sparamx_onnx.loading import load_model
+from sparamx_onnx.progress import Report, byte_report
+
+_FP32_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Result of ``inspect``.
+
+    Attributes:
+        model: Path of the model.
+        bytes_on_disk: Size of the model file and of its external data.
+        record: What conversion recorded in the model: ``version`` and its options; empty if it was not converted.
+        converted: Sparse operators in it.
+        plan: Every MatMul, Gemm and relative: what has become of it, or what ``convert`` would do with it.
+    """
+
+    model: str
+    bytes_on_disk: int
+    record: Mapping[str, Any]
+    converted: int
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "model": self.model,
+            "bytes_on_disk": self.bytes_on_disk,
+            "record": dict(self.record),
+            "converted": self.converted,
+            **self.plan.to_json(),
+        }
+
+
+def inspect(model: str | os.PathLike[str], *, progress: Report | None = None) -> Inspection:
+    """Looks at every matrix product of a model.
+
+    Of a dense weight the zeros are counted, and the size that it would have with bf16 weights is worked out. Of a
+    packed weight its own description is read; its size before is that of a dense fp32 matrix.
+
+    Args:
+        model: An ONNX file, converted or not.
+        progress: Called with (done, total, what is going on) while weights are read.
+
+    Raises:
+        SparamxError: The model cannot be read.
+    """
+    loaded = load_model(model)
+    record = conversion_record(loaded.model)
+    plan = pipeline.run(loaded.model, pipeline.ConvertOptions(), byte_report(progress, "reading weights"))
+    done = [node for node in plan if node.reason is Reason.ALREADY_CONVERTED]
+    for node in done:
+        if node.k is not None and node.n is not None:
+            node.bytes_before = _FP32_BYTES * node.k * node.n
+    return Inspection(os.fspath(model), loaded.bytes_on_disk, record, len(done), plan)
+
+
+def conversion_record(model: ir.Model) -> dict[str, Any]:
+    """The converter's version and options as they stand in a model's metadata; empty where there are none."""
+    version = model.metadata_props.get(pipeline.VERSION_KEY)
+    if version is None:
+        return {}
+    try:
+        options = json.loads(model.metadata_props.get(pipeline.OPTIONS_KEY, "{}"))
+    except ValueError:
+        options = {}
+    return {"version": version, **(options if isinstance(options, dict) else {})}

@@ -1,0 +1,211 @@
+"""The results of all commands as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sparamx_onnx.benchmark import Benchmark
+from sparamx_onnx.conversion import ConversionResult
+from sparamx_onnx.environment import Environment
+from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
+from sparamx_onnx.inspection import Inspection
+from sparamx_onnx.tables import Column, duration, percent, render, size
+from sparamx_onnx.verification import Verification
+
+_LAYERS = (
+    Column("layer", shrinks=True),
+    Column("K x N", right=True),
+    Column("zeros", right=True),
+    Column("before", right=True),
+    Column("after", right=True),
+    Column("packed"),
+)
+_LEFT_ALONE = (Column("left alone", shrinks=True), Column("operator"), Column("reason"))
+# Products without a weight are only counted: there are many, and nothing is to be done about them.
+_ONLY_COUNTED = (Reason.TWO_ACTIVATIONS,)
+
+
+def conversion_text(result: ConversionResult) -> str:
+    """What was converted, layer by layer, and where it is."""
+    plan = result.plan
+    if not plan.converted:
+        what = "is converted already" if result.already_converted else "has no linear layer to convert"
+        return _paragraphs(*_left_alone(plan), f"{result.model} {what}; nothing was written.")
+    weights = f"weights {size(plan.bytes_before)} -> {size(plan.bytes_after)}"
+    if not result.written:
+        last = (
+            f"{_count(plan.converted, 'linear layer')} would be converted: {weights}."
+            f"\nThis was a dry run: {result.output} was not written."
+        )
+    else:
+        files = f"files {size(result.bytes_before)} -> {size(result.bytes_after)}"
+        last = (
+            f"{_count(plan.converted, 'linear layer')} converted: {weights}; {files}."
+            f"\nWrote {result.output} and {result.data} in {duration(result.seconds)}."
+        )
+    return _paragraphs(_layers(plan.converted), *_left_alone(plan), last)
+
+
+def inspection_text(result: Inspection) -> str:
+    """What a model is made of."""
+    plan = result.plan
+    done = [node for node in plan if node.reason is Reason.ALREADY_CONVERTED]
+    parts = [_layers(done)] if done else []
+    if plan.converted:
+        parts.append(_layers(plan.converted))
+    record = ""
+    if result.record:
+        options = ", ".join(f"{key} {value}" for key, value in result.record.items() if value and key != "version")
+        record = f" Converted by sparamx-onnx {result.record['version']} ({options})."
+    counts = [
+        f"{len(nodes)} {what}"
+        for nodes, what in ((done, "converted"), (plan.converted, "convertible"), (_others(plan), "left alone"))
+        if nodes
+    ]
+    last = f"{result.model}: {size(result.bytes_on_disk)}; {', '.join(counts) or 'no matrix products'}.{record}"
+    if plan.converted:
+        last += f"\nWith bf16 weights: {size(plan.bytes_before)} -> {size(plan.bytes_after)}."
+    return _paragraphs(*parts, *_left_alone(plan), last)
+
+
+def verification_text(result: Verification) -> str:
+    """The figures of every output and the verdict."""
+    columns = (
+        Column("output", shrinks=True),
+        Column("shape"),
+        Column("relative error", right=True),
+        Column("lowest cosine", right=True),
+        Column("same argmax", right=True),
+        Column(""),
+    )
+    rows = [
+        [
+            output.name,
+            "x".join(map(str, output.shape)) or "scalar",
+            "-" if output.relative_error is None else f"{output.relative_error:.2e}",
+            "-" if output.cosine is None else f"{output.cosine:.6f}",
+            percent(output.argmax_agreement),
+            "ok" if output.within else output.problem or "past the tolerance",
+        ]
+        for output in result.outputs
+    ]
+    failed = sum(not output.within for output in result.outputs)
+    verdict = (
+        f"{failed} of {len(rows)} outputs past the tolerance of {result.tolerance:g}"
+        if failed
+        else f"All outputs within the tolerance of {result.tolerance:g}"
+    )
+    inputs = f"{result.runs} random inputs" if result.inputs == "generated" else f"inputs from {result.inputs}"
+    last = f"{verdict} ({inputs})."
+    if failed and result.pruned is not None:
+        last += (
+            f"\n{result.converted} was pruned when it was converted (method {result.pruned}), which changes its outputs"
+            " by more than rounding: judge it on your own data."
+        )
+    return _paragraphs(render(columns, rows), last)
+
+
+def benchmark_text(result: Benchmark) -> str:
+    """Times and memory of every model, and the ratio."""
+    columns = (
+        Column("model", shrinks=True),
+        Column("median", right=True),
+        Column("quartiles", right=True),
+        Column("runs", right=True),
+        Column("load", right=True),
+        Column("PSS", right=True),
+        Column("model's part", right=True),
+    )
+    rows = [
+        [
+            timing.model,
+            duration(timing.median),
+            f"{duration(timing.quartiles[0])} .. {duration(timing.quartiles[1])}",
+            str(timing.runs),
+            duration(timing.load_seconds),
+            size(timing.pss),
+            size(timing.model_pss),
+        ]
+        for timing in result.timings
+    ]
+    sizes = [f"{name} {value}" for name, value in (("batch", result.batch), ("length", result.length)) if value]
+    if result.past is not None:
+        sizes.append(f"after {result.past} in the cache")
+    sizes.append("one thread per core" if result.threads is None else f"{result.threads} threads")
+    last = f"{', '.join(sizes)}; {result.rounds} rounds."
+    if result.ratio is not None and result.ratio_quartiles is not None:
+        low, high = result.ratio_quartiles
+        last = (
+            f"{rows[0][0]} is {result.ratio:.2f}x as fast as {rows[1][0]} (quartiles {low:.2f} .. {high:.2f}).\n{last}"
+        )
+    return _paragraphs(render(columns, rows), last)
+
+
+def environment_text(result: Environment) -> str:
+    """The installation and the machine."""
+    cpu = result.cpu
+    levels = [[level["name"], "yes" if level["supported"] else "no", level["reason"]] for level in cpu["levels"]]
+    kernels = ", ".join(f"{path} for {kind} weights" for kind, path in cpu["kernels"].items())
+    facts = [
+        ("sparamx-onnx", result.version),
+        ("library", f"{result.library} ({result.library_version})"),
+        ("onnxruntime", result.onnxruntime),
+        ("python", result.python),
+        ("cpu", cpu["cpu"]),
+        ("features", ", ".join(cpu["features"])),
+        ("level in force", f"{cpu['level'] or 'none'}: {cpu['reason']}"),
+        ("kernels", kernels or "none"),
+    ]
+    width = max(len(name) for name, _ in facts)
+    table = render((Column("level"), Column("runs"), Column("why", shrinks=True)), levels)
+    return _paragraphs("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts), table)
+
+
+def _layers(nodes: Iterable[NodePlan]) -> str:
+    rows = [
+        [
+            node.scope or node.node or node.weight or "?",
+            "-" if node.k is None else f"{node.k} x {node.n}",
+            percent(node.sparsity),
+            size(node.bytes_before),
+            size(node.bytes_after),
+            _packed(node),
+        ]
+        for node in nodes
+    ]
+    return render(_LAYERS, rows)
+
+
+def _packed(node: NodePlan) -> str:
+    words = ["dense" if node.action is Action.PACKED_DENSE else "", node.weight_type or ""]
+    if node.prune_note:
+        words.append("not pruned")
+    return " ".join(word for word in words if word)
+
+
+def _left_alone(plan: Plan) -> list[str]:
+    """The nodes that stay as they are, and what each of the reasons means."""
+    nodes = _others(plan)
+    rows = [
+        [node.scope or node.node or "?", node.op_type, node.reason.value.replace("_", " ")]
+        for node in nodes
+        if node.reason not in _ONLY_COUNTED
+    ]
+    meanings = [
+        f"Left alone ({reason.value.replace('_', ' ')}): {count}. {reason.text}"
+        for reason, count in plan.reasons.items()
+        if any(node.reason is reason for node in nodes)
+    ]
+    return [render(_LEFT_ALONE, rows) if rows else "", "\n".join(meanings)]
+
+
+def _count(nodes: list[NodePlan], what: str) -> str:
+    return f"{len(nodes)} {what}{'' if len(nodes) == 1 else 's'}"
+
+
+def _others(plan: Plan) -> list[NodePlan]:
+    return [node for node in plan.left_alone if node.reason is not Reason.ALREADY_CONVERTED]
+
+
+def _paragraphs(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
