@@ -93,25 +93,25 @@ def save(
             tensor cannot be read.
     """
     path = Path(path)
+    if not path.name:
+        raise SparamxError(f"'{path}' does not name a file to write.")
     data_path = data_path_of(path)
     items = list(_external_items(model))
     _check_destination(path, data_path, overwrite, [*inputs, *_external_files(items)])
+    commit = _Commit()
     with contextlib.ExitStack() as stack:
-        data_file = stack.enter_context(_Temporary(data_path)) if items else None
+        data_file = stack.enter_context(_Temporary(data_path, commit)) if items else None
         stack.callback(_release, items)
         data_bytes = 0 if data_file is None else _write_data(items, data_file, data_path.name, progress)
         content = _serialize(model, path)
-        model_file = stack.enter_context(_Temporary(path))
+        model_file = stack.enter_context(_Temporary(path, commit))
         with _writing(path):
             model_file.write(content)
         # The data first: the model must never stand beside data that is not its own.
         if data_file is not None:
             data_file.move_into_place()
         model_file.move_into_place()
-        # From here on nothing is taken back.
-        if data_file is not None:
-            data_file.keep()
-        model_file.keep()
+        commit.done = True
     _sync_folder(path.parent)
     return Saved(path, data_path if items else None, len(content), data_bytes)
 
@@ -191,8 +191,6 @@ def _external_files(items: Iterable[_Item]) -> Iterator[Path]:
 
 
 def _check_destination(path: Path, data_path: Path, overwrite: bool, inputs: Iterable[str | os.PathLike[str]]) -> None:
-    if not path.name:
-        raise SparamxError(f"{path} does not name a file to write.")
     if not path.parent.is_dir():
         raise SparamxError(f"The folder {path.parent} to write {path.name} into does not exist.")
     read = {_identity(Path(file)) for file in inputs} - {None}
@@ -333,21 +331,28 @@ def _writing(target: Path) -> Iterator[None]:
         raise SparamxError(f"{target} cannot be written: {error.strerror or error}.") from error
 
 
-class _Temporary:
-    """A file that has a temporary name until it is moved into place, and is removed if it never is."""
+@dataclass
+class _Commit:
+    """Whether the files are there to stay: one switch for all of them, so that no interruption falls in between."""
 
-    def __init__(self, target: Path) -> None:
+    done: bool = False
+
+
+class _Temporary:
+    """A file that has a temporary name until it is moved into place; without a commit, everything is as it was."""
+
+    def __init__(self, target: Path, commit: _Commit) -> None:
         self.target = target
+        self._commit = commit
         token = secrets.token_hex(4)
         self._path = target.with_name(f".{target.name}.{token}.partial")
         self._backup = target.with_name(f".{target.name}.{token}.previous")
         self._file: BinaryIO | None = None
-        self._undo: Callable[[], object] | None = None
+        self._moved_over: bool | None = None
 
     def __enter__(self) -> _Temporary:
         with _writing(self.target):
             self._file = self._path.open("xb")
-        self._undo = self._path.unlink
         return self
 
     def write(self, content: bytes | memoryview) -> None:
@@ -361,39 +366,33 @@ class _Temporary:
         self._file.write(content)
 
     def move_into_place(self) -> None:
-        """Makes the file durable and gives it its name, replacing what has that name; can still be undone."""
+        """Makes the file durable and gives it its name, replacing what has that name."""
         assert self._file is not None
         with _writing(self.target):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            undo: Callable[[], object] | None = self.target.unlink
-            if self.target.exists():
-                # A second name for the old file; where the file system has none, the old file is given up here.
-                try:
+            self._moved_over = self.target.exists()
+            if self._moved_over:
+                # A second name for the old file; where the file system has none, it cannot be brought back.
+                with contextlib.suppress(OSError):
                     self._backup.hardlink_to(self.target)
-                    undo = self._restore
-                except OSError:
-                    undo = None
             self._path.replace(self.target)
-        self._undo = undo
-
-    def _restore(self) -> None:
-        self._backup.replace(self.target)
-
-    def keep(self) -> None:
-        """Leaves the file in place, and forgets what it replaced."""
-        self._undo = None
-        self._backup.unlink(missing_ok=True)
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             # Closing flushes what is left, which on a full disk fails again.
             with contextlib.suppress(OSError):
                 self._file.close()
-        if self._undo is not None:
+        if not self._commit.done and self._moved_over is not None:
             with contextlib.suppress(OSError):
-                self._undo()
+                if self._moved_over:
+                    self._backup.replace(self.target)
+                else:
+                    self.target.unlink()
+        for leftover in (self._path, self._backup):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
