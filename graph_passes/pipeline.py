@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayerFinder
@@ -22,7 +19,7 @@ from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_be
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.ops.packing import Form, PackOptions, WeightType, expected_size
+from sparamx_onnx.ops.packing import Form, PackOptions, WeightType, count_nonzero, expected_size
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in total."""
@@ -38,9 +35,6 @@ DEFAULT_SPARSITY: Final = 0.5
 # What --only-if-faster asks for. A product with few activations takes as long as its weights take to be read; a gain
 # below a tenth drowns in the difference between two runs.
 _FASTER_BELOW = 0.9
-
-# Elements looked at together when counting zeros: fits the L2 cache.
-_CHUNK = 1 << 18
 
 
 class Method(StrEnum):
@@ -233,27 +227,6 @@ def _count_nonzero(chosen: Chosen, options: ConvertOptions) -> int:
         size = layer.k * layer.n
         return size - zeros_wanted(size, options.target_sparsity or 0.0)
     return count_nonzero(PackedWeight("", layer.weight, chosen.options, scale=layer.scale).source(), options.weights)
-
-
-def count_nonzero(w: npt.NDArray[np.generic], weight_type: WeightType) -> int:
-    """Counts the weights that are not zero in the type in which they are packed.
-
-    Args:
-        w: float32, float16 or bfloat16, of any shape and strides.
-        weight_type: fp32 or bf16; in bf16 denormal values count as zero.
-    """
-    flat = w.transpose(sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))).reshape(-1)
-    bits: npt.NDArray[np.unsignedinteger] = flat.view(np.uint32 if flat.dtype.itemsize == 4 else np.uint16)
-    # Storing as bf16 makes denormal values zero (those of float16 are normal there). The smallest normal number of
-    # float32 and of bfloat16 is one unit of the exponent.
-    mantissa = {np.dtype(np.float32): 23, np.dtype(ml_dtypes.bfloat16): 7}.get(flat.dtype.newbyteorder("="), 0)
-    smallest = 1 << mantissa if weight_type is WeightType.BF16 else 1
-    count = 0
-    for start in range(0, bits.size, _CHUNK):
-        chunk = bits[start : start + _CHUNK]
-        # Doubling shifts the sign out and leaves twice the magnitude.
-        count += int(np.count_nonzero(np.add(chunk, chunk) >= 2 * smallest))
-    return count
 
 
 def _is_faster(plan: NodePlan) -> bool:

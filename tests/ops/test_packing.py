@@ -175,3 +175,16 @@ def test_the_reference_checks_what_the_format_promises(weight) -> None:
 def test_size_of_types_that_are_not_predicted() -> None:
     with pytest.raises(SparamxError, match="int8"):
         packing.expected_size(10, 10, 5, WeightType.INT8)
+
+
+@pytest.mark.parametrize("weight_type", FLOATS)
+@pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_counting_agrees_with_packing(monkeypatch: pytest.MonkeyPatch, source: type, weight_type: WeightType) -> None:
+    special = [0.0, -0.0, 1.0, -1.0, np.nan, np.inf, 1e-45, -1e-39, 1e-40, 2.0**-126, -(2.0**-127), 6e-8, -6e-8, 1e-6]
+    w = np.tile(np.array(special, np.float32), (9, 5)).astype(source)
+    monkeypatch.setattr(packing, "_CHUNK", 17)
+    for view in (w, w.T, np.asfortranarray(w), w[::2], w[:, 1:4]):
+        blob = np.empty(packing.packed_size(view, PackOptions(weight_type)), np.uint8)
+        packing.pack_into(view, PackOptions(weight_type), blob)
+        assert packing.count_nonzero(view, weight_type) == packing.describe(blob).nnz
+        np.testing.assert_array_equal(packing.pack(view, PackOptions(weight_type)), blob)
