@@ -256,7 +256,8 @@ def _size_to_allocate(w: npt.NDArray[np.generic], options: PackOptions) -> int:
     """What packed_size gives; where the non-zeros can be counted without packing's detour through tiles, from those."""
     is_predicted = options.weight_type in _CODE_BYTES and w.ndim == 2 and w.dtype in _SOURCE_DTYPES
     if is_predicted and (w.flags.c_contiguous or w.flags.f_contiguous):
-        return expected_size(*w.shape, count_nonzero(w, options.weight_type), options.weight_type, options.form)[0]
+        k, n = w.shape
+        return expected_size(k, n, count_nonzero(w, options.weight_type), options.weight_type, options.form)[0]
     return packed_size(w, options)
 
 

@@ -1,0 +1,91 @@
+"""SparseAMXMatMul in an ONNX Runtime session, against the reference: attributes, ranks, types and shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sparamx_onnx.ops import library, packing, reference
+from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_MATMUL
+from sparamx_onnx.ops.packing import PackOptions, WeightType
+
+TOLERANCE = 2e-5
+
+
+def _session(
+    blob: np.ndarray, k: int, n: int, bias: np.ndarray | None = None, rank: int = 2, **attributes: str
+) -> onnxruntime.InferenceSession:
+    node = helper.make_node(
+        SPARSE_AMX_MATMUL.name, ["x", "w"] + ["b"] * (bias is not None), ["y"], domain=DOMAIN, K=k, N=n, **attributes
+    )
+    initializers = {"w": blob} if bias is None else {"w": blob, "b": bias}
+    graph = helper.make_graph(
+        [node],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [f"d{i}" for i in range(rank - 1)] + [k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in initializers.items()],
+    )
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    library.register(options)
+    return onnxruntime.InferenceSession(
+        helper.make_model(graph, ir_version=10, opset_imports=imports).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+
+
+def _error(actual: np.ndarray, expected: np.ndarray) -> float:
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max(initial=0.0) / max(1.0, np.abs(expected).max(initial=0.0)))
+
+
+@pytest.mark.parametrize("weight_type", [WeightType.FP32, WeightType.BF16])
+def test_random_shapes(cases, weight_type: WeightType) -> None:
+    epilogues = SPARSE_AMX_MATMUL.attributes[2].choices
+    activations = "bf16" if weight_type is WeightType.BF16 else "fp32"
+    for index, case in enumerate(cases(400, 15)):
+        blob = packing.pack(case.w, PackOptions(weight_type))
+        epilogue = epilogues[index % len(epilogues)]
+        y = _session(blob, *case.w.shape, case.bias, epilogue=epilogue).run(None, {"x": case.x})[0]
+        w = reference.unpack_blob(blob.tobytes())
+        assert _error(y, reference.sparse_amx_matmul(case.x, w, case.bias, epilogue, activations)) <= TOLERANCE, str(
+            case
+        )
+
+
+@pytest.mark.parametrize("activations", ["auto", "fp32", "bf16"])
+def test_precision_of_activations(weight, activations: str) -> None:
+    rng = np.random.default_rng(0)
+    w = weight(rng, 300, 40, 0.5, holes=False)
+    x = rng.standard_normal((5, 300), np.float32)
+    blob = packing.pack(w, PackOptions())
+    y = _session(blob, 300, 40, activations=activations).run(None, {"x": x})[0]
+    stored = reference.unpack_blob(blob.tobytes())
+    errors = {p: _error(y, reference.sparse_amx_matmul(x, stored, activations=p)) for p in ("fp32", "bf16")}
+    right, wrong = ("fp32", "bf16") if activations == "fp32" else ("bf16", "fp32")
+    assert errors[right] <= TOLERANCE
+    assert errors[wrong] > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(70,), (3, 70), (2, 3, 70), (2, 1, 3, 70), (0, 70), (2, 0, 70)])
+def test_ranks(weight, shape: tuple[int, ...]) -> None:
+    w = weight(np.random.default_rng(1), 70, 33, 0.4, holes=True)
+    x = np.random.default_rng(2).standard_normal(shape, np.float32)
+    blob = packing.pack(w, PackOptions(WeightType.FP32))
+    y = _session(blob, 70, 33, rank=len(shape)).run(None, {"x": x})[0]
+    assert _error(y, reference.sparse_amx_matmul(x, w)) <= TOLERANCE
+
+
+def test_attributes_that_contradict_the_weight(weight) -> None:
+    blob = packing.pack(weight(np.random.default_rng(3), 64, 48, 0.5, holes=False), PackOptions())
+    for k, n in ((63, 48), (64, 47)):
+        with pytest.raises(Exception, match=f"64 x 48.*K = {k}, N = {n}"):
+            _session(blob, k, n)
+    for name in ("epilogue", "activations"):
+        with pytest.raises(Exception, match="'sine'"):
+            _session(blob, 64, 48, **{name: "sine"})
