@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Report = Callable[[int, int, str], None]
 """Called with how much is done, how much there is in all (0 if unknown), and what is going on."""
 
-_PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0
 
 
 def byte_report(report: Report | None, what: str) -> Callable[[int, int], None] | None:
@@ -31,7 +31,7 @@ class _Bar:
         self._task: TaskID | None = None
 
     def report(self, done: int, total: int, what: str) -> None:
-        if self._bar is None and time.monotonic() - self._start >= _PATIENCE_SECONDS:
+        if self._bar is None and time.monotonic() - self._start >= PATIENCE_SECONDS:
             self._show()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None, description=what)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -123,3 +125,36 @@ def test_two_conversions_at_once_do_not_disturb_each_other(model: Path) -> None:
         assert process.returncode == 0
     files = [model.with_name(f"{name}.onnx.data").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+def _on_a_terminal(command: list[str]) -> tuple[int, str]:
+    """Runs a command with a terminal as its stderr; the exit code and what the terminal showed."""
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=environment) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while chunk := os.read(controller, 65536):
+                shown += chunk
+        process.communicate(timeout=60)
+    os.close(controller)
+    return process.returncode, shown.decode()
+
+
+def test_progress_is_shown_on_a_terminal_and_only_for_what_takes_time(
+    model: Path, mlp: Mlp, save: Save, tmp_path: Path
+) -> None:
+    # What takes "time" is up to the machine; here, everything does.
+    script = "from sparamx_onnx import cli, progress; progress.PATIENCE_SECONDS = 0.0; cli.main()"
+    code, shown = _on_a_terminal([sys.executable, "-P", "-c", script, *_convert(model)[3:]])
+    assert code == 0
+    assert "packing weights" in shown
+    assert "100%" in shown
+    small = str(save(mlp(), tmp_path / "small.onnx"))
+    code, shown = _on_a_terminal([sys.executable, "-m", "sparamx_onnx", "inspect", small])
+    assert (code, shown) == (0, "")
+    command = [sys.executable, "-P", "-c", script, *_convert(model, "--force")[3:]]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stderr.startswith("warning: ")
+    assert result.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import sparamx_onnx
 from sparamx_onnx.ops.packing import Form, PackOptions, WeightType, pack
 
 MakeModel = Callable[..., onnx.ModelProto]
@@ -119,18 +121,46 @@ def save_model() -> Callable[[onnx.ModelProto, Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def oldest_python() -> str:
-    """A Python with the oldest supported ONNX Runtime: the one that SPARAMX_OLDEST_PYTHON names, else one made here."""
-    named = os.environ.get("SPARAMX_OLDEST_PYTHON")
-    if named:
-        return named
-    folder = _ROOT / "build" / "oldest-runtime"
+def oldest(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the Python that has the oldest supported versions of everything.
+
+    SPARAMX_OLDEST_PYTHON names it, this package installed. Without it, one is made below build/, which then imports the
+    package that is being tested.
+    """
+    environment = {**os.environ}
+    python = environment.get("SPARAMX_OLDEST_PYTHON")
+    if not python:
+        python = _make_oldest(_ROOT / "build" / "oldest-python")
+        shim = tmp_path_factory.mktemp("shim")
+        _link_package(shim / "sparamx_onnx")
+        environment |= {"PYTHONPATH": str(shim), "SPARAMX_LIBRARY": sparamx_onnx.get_library_path()}
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run
+
+
+def _make_oldest(folder: Path) -> str:
+    pins = _ROOT / "tests" / "requirements-oldest.txt"
     python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
+    ready = folder / "ready"
+    if not ready.exists() or ready.read_text() != pins.read_text():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pins = (_ROOT / "tests" / "requirements-oldest.txt").read_text().splitlines()
-        wanted = [pin for pin in pins if pin.startswith(("onnxruntime==", "numpy=="))]
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
-        subprocess.run(install, check=True, timeout=300)
-        (folder / "ready").touch()
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", pins]
+        subprocess.run(install, check=True, timeout=600)
+        ready.write_text(pins.read_text())
     return str(python)
+
+
+def _link_package(folder: Path) -> None:
+    """A folder with the modules of the package, wherever they lie, and nothing else of their neighbourhood."""
+    folder.mkdir()
+    for path in Path(str(sparamx_onnx.__file__)).parent.iterdir():
+        if path.suffix == ".py":
+            (folder / path.name).symlink_to(path)
+    for name in ("ops", "graph_passes"):
+        module = importlib.import_module(f"sparamx_onnx.{name}")
+        (folder / name).symlink_to(Path(str(module.__file__)).parent)

@@ -1,0 +1,120 @@
+"""The oldest supported ONNX Runtime, 1.21.1: the same library, the same models, the same bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import sparamx_onnx
+
+OLDEST = "1.21.1"
+K, N = 200, 130
+ROWS = (1, 2, 7, 40)
+EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+WORKER = Path(__file__).with_name("oldest_worker.py")
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_layer: Callable[..., object],
+    make_model: Callable[..., onnx.ModelProto],
+    save_model: Callable[..., Path],
+) -> Path:
+    """Models of every type, form and epilogue, mapped and inline, one damaged, and inputs for them."""
+    folder = tmp_path_factory.mktemp("models")
+    for weight_type in ("fp32", "bf16"):
+        for form in ("sparse", "dense"):
+            for epilogue in EPILOGUES:
+                layers = [make_layer(K, N, weight_type, form, epilogue=epilogue), make_layer(N, 50, weight_type, form)]
+                save_model(make_model(layers), folder / f"{weight_type}-{form}-{epilogue}.onnx")
+    inline = make_model([make_layer(K, N)])
+    onnx.save(inline, folder / "inline.onnx")
+    blob = bytearray(inline.graph.initializer[0].raw_data)
+    blob[0] ^= 1
+    inline.graph.initializer[0].raw_data = bytes(blob)
+    onnx.save(inline, folder / "damaged.onnx")
+    rng = np.random.default_rng(0)
+    np.savez(folder / "x.npz", **{f"rows{rows}": rng.standard_normal((rows, K), np.float32) for rows in ROWS})
+    return folder
+
+
+def test_the_oldest_and_this_runtime_compute_the_same_bits(
+    folder: Path, tmp_path: Path, oldest: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    library = sparamx_onnx.get_library_path()
+    result = oldest("-P", WORKER, library, folder, tmp_path / "oldest.npz")
+    assert result.returncode == 0, result.stderr
+    subprocess.run([sys.executable, "-P", WORKER, library, folder, tmp_path / "here.npz"], check=True, timeout=300)
+    then, now = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("oldest", "here"))
+    assert str(then.pop("version")) == OLDEST
+    assert str(now.pop("version")) == onnxruntime.__version__
+    for outputs in (then, now):
+        assert "'layer0'" in str(outputs["damaged"])
+        assert "damaged" in str(outputs["damaged"])
+    del then["damaged"], now["damaged"]
+    assert set(then) == set(now)
+    assert len(then) == (2 * 2 * len(EPILOGUES) + 1) * len(ROWS)
+    for name, y in then.items():
+        assert y.shape == (int(name.partition("/rows")[2]), N if name.startswith("inline") else 50)
+        assert np.isfinite(y).all()
+        assert y.tobytes() == now[name].tobytes(), name
+
+
+def _linear(path: Path) -> Path:
+    """gelu(x W + b) V, as an exporter writes it, at an opset and IR version that the oldest runtime knows."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((K, N), np.float32)
+    weight[rng.random((K, N)) < 0.6] = 0
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], "up"),
+        helper.make_node("Add", ["m", "b"], ["s"]),
+        helper.make_node("Gelu", ["s"], ["g"]),
+        helper.make_node("Gemm", ["g", "v"], ["y"], "down", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 50])],
+        [
+            numpy_helper.from_array(weight, "w"),
+            numpy_helper.from_array(rng.standard_normal(N, np.float32), "b"),
+            numpy_helper.from_array(rng.standard_normal((50, N), np.float32), "v"),
+        ],
+    )
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return path
+
+
+def test_the_command_line_works_with_the_oldest_of_everything(
+    tmp_path: Path, oldest: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    model = _linear(tmp_path / "m.onnx")
+    for arguments in (
+        ["inspect", model],
+        ["convert", model, "--weights", "fp32", "-o", tmp_path / "oldest.onnx"],
+        ["verify", model, tmp_path / "oldest.onnx"],
+        ["inspect", tmp_path / "oldest.onnx", "--json"],
+        ["bench", tmp_path / "oldest.onnx", "--against", model, "--threads", "1"],
+        ["info"],
+    ):
+        result = oldest("-m", "sparamx_onnx", *arguments)
+        assert (result.returncode, result.stderr) == (0, ""), arguments
+    assert OLDEST in result.stdout
+    sparamx_onnx.convert(model, tmp_path / "here.onnx", weights="fp32")
+    data = [(tmp_path / f"{name}.onnx.data").read_bytes() for name in ("oldest", "here")]
+    assert data[0] == data[1]
+    x = np.random.default_rng(1).standard_normal((3, K), np.float32)
+    outputs = [
+        sparamx_onnx.InferenceSession(tmp_path / f"{name}.onnx").run(None, {"x": x})[0] for name in ("oldest", "here")
+    ]
+    assert np.array_equal(*outputs)
