@@ -26,6 +26,7 @@ import onnx
 import rotation
 
 import sparamx_onnx
+from sparamx_onnx.models import caches
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "benchmarks"
@@ -71,7 +72,7 @@ def packed_layers(k: int, n: int, weights: str, sparsity: float) -> int:
     """How many layers make packed weights of `L3_MULTIPLE` times the L3."""
     bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[weights]
     layer_bytes = k * n * min((bits * (1 - sparsity) + 1), bits) / 8
-    return max(1, -int(-L3_MULTIPLE * machine.l3_bytes() // layer_bytes))
+    return max(1, -int(-L3_MULTIPLE * caches.largest_cache_bytes() // layer_bytes))
 
 
 def blob_range(model: Path) -> tuple[Path, int, int, int]:

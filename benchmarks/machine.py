@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
 import sparamx_onnx
+from sparamx_onnx.models import caches
 from sparamx_onnx.ops import library
-
-_SIZE_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def l3_bytes() -> int:
-    """Size of the largest cache that CPU 0 sees; 0 if the kernel does not tell."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KMG])", path.read_text().strip())
-        if found:
-            sizes.append(int(found[1]) * _SIZE_UNITS[found[2]])
-    return max(sizes)
 
 
 def available_bytes() -> int:
@@ -46,7 +34,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu.get("model name", "unknown"),
         "family_model_stepping": [int(cpu.get(key, -1)) for key in ("cpu family", "model", "stepping")],
         "cores": os.cpu_count(),
-        "l3_bytes": l3_bytes(),
+        "l3_bytes": caches.largest_cache_bytes(),
         "isa": info,
         "onnxruntime": onnxruntime.__version__,
         "sparamx_onnx": sparamx_onnx.__version__,

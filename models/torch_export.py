@@ -41,7 +41,14 @@ def export(
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    _forget_stack_traces(program.model)
     return program.model
+
+
+def _forget_stack_traces(model: ir.Model) -> None:
+    """Removes what differs from machine to machine and from run to run: paths and numbers of generated code."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ Convert = Callable[[Path, str, str], Path]
 @pytest.fixture(scope="session")
 def minilm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("minilm") / "minilm.onnx"
-    minilm.export(path)
+    minilm.main([str(path)])
     return path
 
 
