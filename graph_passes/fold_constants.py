@@ -213,7 +213,7 @@ def _fold_transpose(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | No
     permutation = tuple(reversed(range(rank))) if attribute is None else tuple(attribute.as_ints())
     if sorted(permutation) != list(range(rank)):
         return NotConstant(
-            Reason.INCONSISTENT_SHAPES,
+            Reason.MALFORMED_NODE,
             f"The Transpose node '{node.name}' permutes {len(permutation)} dimensions of {rank}.",
         )
     shape = tuple(inner.shape[axis] for axis in permutation)

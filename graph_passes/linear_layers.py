@@ -181,7 +181,10 @@ class LinearLayerFinder:
         if node.domain == DOMAIN and node.op_type == SPARSE_AMX_MATMUL.name:
             return Found(self._describe_converted(node))
         if _is_product(node):
-            found = self._examine_product(node)
+            try:
+                found = self._examine_product(node)
+            except TypeError as error:  # an attribute of another type than the operator's
+                found = NotConstant(Reason.MALFORMED_NODE, f"{error}.")
             return Found(_left_alone(node, found.reason, found.detail)) if isinstance(found, NotConstant) else found
         inputs = _RELATIVES.get((node.domain, node.op_type))
         if inputs is None:
@@ -222,7 +225,7 @@ class LinearLayerFinder:
         is_gemm = node.op_type == "Gemm"
         x, w = (node.inputs[index] if index < len(node.inputs) else None for index in (0, 1))
         if x is None or w is None or len(node.outputs) != 1:
-            return NotConstant(Reason.INCONSISTENT_SHAPES, "An input or the output is missing.")
+            return NotConstant(Reason.MALFORMED_NODE, "An input or the output is missing.")
         weight = self._folder.fold(w)
         left = self._folder.fold(x)
         if isinstance(weight, NotConstant):
@@ -256,7 +259,7 @@ class LinearLayerFinder:
                 return Found(plan)
         plan.k, plan.n = weight.shape
         if x.shape is not None and len(x.shape) > 0 and isinstance(x.shape[-1], int) and x.shape[-1] != plan.k:
-            plan.reason = Reason.INCONSISTENT_SHAPES
+            plan.reason = Reason.MALFORMED_NODE
             plan.detail = f"The activations end in {x.shape[-1]}, the weight has {plan.k} rows."
             return Found(plan)
         layer = self._absorb(node, x, weight, scale, bias)

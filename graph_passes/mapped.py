@@ -42,10 +42,13 @@ def read_tensor(tensor: ir.TensorProtocol) -> npt.NDArray[np.generic]:
     The view is not cached: the file is unmapped when the last array that refers to it is gone.
 
     Raises:
-        SparamxError: The external data is missing or too short.
+        SparamxError: The external data is missing or too short, or the tensor contradicts itself.
     """
     if not isinstance(tensor, ir.ExternalTensor):
-        return tensor.numpy()
+        try:
+            return tensor.numpy()
+        except (TypeError, ValueError) as error:
+            raise SparamxError(f"The tensor '{tensor.name}' does not hold what its type and shape say.") from error
     path, offset, size = external_range(tensor)
     if tensor.dtype.bitwidth < 8:
         # Packed elements have to be unpacked into an array of their own anyway.

@@ -29,7 +29,7 @@ class Reason(StrEnum):
     WEIGHT_NOT_2D = "weight_not_2d"
     EMPTY_WEIGHT = "empty_weight"
     CONSTANT_EXPRESSION = "constant_expression"
-    INCONSISTENT_SHAPES = "inconsistent_shapes"
+    MALFORMED_NODE = "malformed_node"
     QUANTIZED_WEIGHT = "quantized_weight"
     UNSUPPORTED_OPERATOR = "unsupported_operator"
     UNSUPPORTED_DTYPE = "unsupported_dtype"
@@ -60,7 +60,8 @@ _TEXTS: Mapping[Reason, str] = {
     Reason.WEIGHT_NOT_2D: "The weight does not have two dimensions.",
     Reason.EMPTY_WEIGHT: "The weight has no elements.",
     Reason.CONSTANT_EXPRESSION: "Both inputs are constants; ONNX Runtime computes the product once, when it loads.",
-    Reason.INCONSISTENT_SHAPES: "The shapes of the inputs do not fit; the model itself is wrong here.",
+    Reason.MALFORMED_NODE: "The node is not valid ONNX: its inputs, shapes or attributes do not fit; "
+    "export the model again.",
     Reason.QUANTIZED_WEIGHT: "The weight is quantized; this version packs floating-point weights only, "
     "so convert the model from before its quantization.",
     Reason.UNSUPPORTED_OPERATOR: "This version does not convert this operator.",

@@ -148,3 +148,10 @@ def test_external_data_that_is_missing(workbench) -> None:
     )
     with pytest.raises(SparamxError, match=r"external data of 't' cannot be read from .*none: No such file"):
         read_tensor(tensor)
+
+
+def test_a_tensor_that_contradicts_itself(make_model) -> None:
+    model = make_model([node("MatMul", ["x", "w"], ["y"])], {"x": (2, 4)}, ["y"], {"w": np.ones((4, 4), np.float32)})
+    model.graph.initializer[0].raw_data = bytes(60)
+    with pytest.raises(SparamxError, match="The tensor 'w' does not hold what its type and shape say"):
+        read_tensor(ir.from_proto(model).graph.initializers["w"].const_value)

@@ -364,16 +364,25 @@ def test_shapes_that_do_not_fit(make_model, sparse) -> None:
     wrong = make_model([node("MatMul", ["x", "w"], ["y"])], {"x": (2, K + 1)}, ["y"], {"w": sparse((K, N))})
     (found,) = _find(wrong)
     assert found.layer is None
-    assert found.plan.reason is Reason.INCONSISTENT_SHAPES
+    assert found.plan.reason is Reason.MALFORMED_NODE
     missing = make_model([node("MatMul", ["x", ""], ["y"])], {"x": (2, K)}, ["y"], {})
-    assert _find(missing)[0].plan.reason is Reason.INCONSISTENT_SHAPES
+    assert _find(missing)[0].plan.reason is Reason.MALFORMED_NODE
     turned = make_model(
         [node("Transpose", ["w"], ["t"], perm=[0, 2, 1]), node("MatMul", ["x", "t"], ["y"])],
         {"x": (2, K)},
         ["y"],
         {"w": sparse((K, N))},
     )
-    assert _find(turned)[0].plan.reason is Reason.INCONSISTENT_SHAPES
+    assert _find(turned)[0].plan.reason is Reason.MALFORMED_NODE
+
+
+@pytest.mark.parametrize(("name", "value"), [("transB", 1.0), ("transA", "x"), ("alpha", [1.0]), ("beta", "y")])
+def test_attributes_of_another_type(make_model, sparse, name, value) -> None:
+    nodes = [node("Gemm", ["x", "w", "c"], ["y"], **{name: value})]
+    proto = make_model(nodes, {"x": (2, K)}, ["y"], {"w": sparse((K, N)), "c": _x(N)})
+    (found,) = _find(proto)
+    assert found.layer is None
+    assert found.plan.reason is Reason.MALFORMED_NODE
 
 
 def test_a_cycle_does_not_hang(make_model) -> None:
