@@ -140,8 +140,9 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
         The plan: every MatMul, Gemm and relative, with what happens to it and why.
 
     Raises:
-        SparamxError: A weight cannot be read.
+        SparamxError: A weight cannot be read, or a node reads a value that nothing defines.
     """
+    _check_values_are_defined(model)
     found = list(LinearLayerFinder(model).find())
     plan = Plan([node.plan for node in found], options.to_json())
     chosen = list(_choose(found, options))
@@ -154,6 +155,18 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
         model.metadata_props[VERSION_KEY] = library.version()
         model.metadata_props[OPTIONS_KEY] = json.dumps(options.to_json(), sort_keys=True)
     return plan
+
+
+def _check_values_are_defined(model: ir.Model) -> None:
+    """Refuses what onnx_ir cannot represent: it drops sparse initializers, and the model would be saved without them."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
+                continue
+            raise SparamxError(
+                f"Nothing defines the value '{value.name}' that the node '{node.name}' reads "
+                "(sparse initializers are not supported)."
+            )
 
 
 def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]:

@@ -184,6 +184,15 @@ def test_nothing_to_convert_changes_nothing(make_model, sparse) -> None:
     assert [n.op_type for n in model.graph] == ["MatMul", "Softsign"]
 
 
+def test_sparse_initializers_are_refused(make_model) -> None:
+    proto = make_model([node("MatMul", ["x", "w"], ["y"])], {"x": (2, 4)}, ["y"], {})
+    values = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    indices = numpy_helper.from_array(np.array([1, 6]), "w_indices")
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, (4, 4)))
+    with pytest.raises(SparamxError, match=r"Nothing defines the value 'w' that the node 'y' reads"):
+        run(ir.from_proto(proto), ConvertOptions())
+
+
 @pytest.mark.parametrize(("weights", "left"), [("fp32", [True, True, False]), ("bf16", [False, False, False])])
 def test_only_if_faster(workbench, make_model, sparse, weights, left) -> None:
     proto = _stack(make_model, {f"w{i}": sparse((128, 128), s) for i, s in enumerate((0.0, 0.1, 0.5))})
@@ -232,6 +241,16 @@ def test_the_same_weight_pruned_and_not(workbench, make_model, sparse) -> None:
 def test_bf16_weights(workbench, make_model, sparse) -> None:
     converted = workbench.convert(_stack(make_model, {"w": sparse((256, 128)) / 16}), weights="bf16")
     assert 1e-6 < converted.error({"x": _x(256)}) <= 1e-2
+
+
+@pytest.mark.parametrize("method", ["keep", "magnitude"])
+def test_a_converted_model_can_be_serialized_in_memory(make_model, sparse, open_session, workbench, method) -> None:
+    proto = _stack(make_model, {"w": sparse((64, 64), 0.2)})
+    model = ir.from_proto(proto)
+    run(model, ConvertOptions(method=method), measure=False)
+    inline = open_session(ir.to_proto(model).SerializeToString()).run(None, {"x": _x(64)})[0]
+    saved = open_session(workbench.convert(proto, method=method, weights="bf16").path).run(None, {"x": _x(64)})[0]
+    np.testing.assert_array_equal(inline, saved)
 
 
 def test_the_record_in_the_model(workbench, make_model, sparse) -> None:
