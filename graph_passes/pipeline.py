@@ -158,7 +158,7 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
 
 
 def _check_values_are_defined(model: ir.Model) -> None:
-    """Refuses what onnx_ir cannot represent: it drops sparse initializers, and the model would be saved without them."""
+    """Refuses what onnx_ir cannot represent: it drops sparse initializers, so they would be missing when saved."""
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for value in node.inputs:
             if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
