@@ -91,6 +91,7 @@ class _Group(_Examples, click.Group):
 
 @click.group(
     cls=_Group,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 a check failed, 2 wrong usage or unusable input.",
     examples=(
@@ -101,12 +102,16 @@ class _Group(_Examples, click.Group):
     ),
 )
 @click.version_option(package_name="sparamx-onnx", message="%(prog)s %(version)s")
-def commands() -> None:
+@click.pass_context
+def commands(context: click.Context) -> None:
     """Makes pruned transformers fast and small in ONNX Runtime on CPUs.
 
     Load a converted model with sparamx_onnx.InferenceSession in Python, or register the library that 'sparamx-onnx
     info' names in an ONNX Runtime session of any language.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(_UNUSABLE)
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
@@ -140,7 +145,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.option(
     "--sparsity",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of zeros per weight that --method magnitude leaves behind.  [default: 0.5]",
+    help="Share of zeros per weight for --method magnitude. An output layer is pruned only if --include matches it."
+    "  [default: 0.5]",
 )
 @click.option(
     "--weights",
@@ -149,8 +155,18 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     show_default=True,
     help="Type of the packed weights. fp32 is exact; bf16 is half as large.",
 )
-@click.option("--include", metavar="RE", multiple=True, help="Convert only nodes whose name matches. Repeatable.")
-@click.option("--exclude", metavar="RE", multiple=True, help="Leave nodes alone whose name matches. Repeatable.")
+@click.option(
+    "--include",
+    metavar="RE",
+    multiple=True,
+    help="Convert only layers whose node, weight or module name matches. Repeatable.",
+)
+@click.option(
+    "--exclude",
+    metavar="RE",
+    multiple=True,
+    help="Leave layers alone whose node, weight or module name matches. Repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @_json_option

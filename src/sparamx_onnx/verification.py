@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,12 +107,14 @@ def verify(
     record = conversion_record(models[1].model)
     if tolerance is None:
         tolerance = TOLERANCES.get(record.get("weights", ""), _UNKNOWN_TOLERANCE)
-    # One session at a time: a pair of large models need not fit into memory side by side.
-    expected, actual = (_outputs(model, runs) for model in models)
+    sessions = [(model.path, model.imports_our_domain) for model in models]
+    # One model in memory at a time: a pair of large ones need not fit side by side.
+    del models
+    expected, actual = (_outputs(path, sparse, runs) for path, sparse in sessions)
     names = list(expected[0])
     if list(actual[0]) != names:
         raise SparamxError(
-            f"{models[0].path} and {models[1].path} cannot be compared: their outputs are"
+            f"{os.fspath(reference)} and {os.fspath(converted)} cannot be compared: their outputs are"
             f" {', '.join(names)} and {', '.join(actual[0])}"
         )
     outputs = tuple(
@@ -188,21 +191,21 @@ def _inputs(
     return "generated", [plan.make(seed) for seed in range(_GENERATED_RUNS)]
 
 
-def _outputs(model: LoadedModel, runs: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
-    session = open_quietly(model.path, sparse=model.imports_our_domain)
-    return [_run(session, model, feeds) for feeds in runs]
+def _outputs(path: Path, sparse: bool, runs: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
+    session = open_quietly(path, sparse=sparse)
+    return [_run(session, path, feeds) for feeds in runs]
 
 
-def _run(session: onnxruntime.InferenceSession, model: LoadedModel, feeds: dict[str, Array]) -> dict[str, Array]:
+def _run(session: onnxruntime.InferenceSession, path: Path, feeds: dict[str, Array]) -> dict[str, Array]:
     names = [output.name for output in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
     if missing := sorted(wanted - set(feeds)):
-        raise SparamxError(f"{model.path}: it has an input '{missing[0]}' that the other model lacks")
+        raise SparamxError(f"{path}: it has an input '{missing[0]}' that the other model lacks")
     try:
         values = session.run(None, {name: array for name, array in feeds.items() if name in wanted})
     except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
-        raise SparamxError(f"{model.path}: ONNX Runtime fails on these inputs: {first_line(error)}") from error
+        raise SparamxError(f"{path}: ONNX Runtime fails on these inputs: {first_line(error)}") from error
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
-            raise SparamxError(f"{model.path}: output '{name}' is no tensor of numbers, which verify cannot compare")
+            raise SparamxError(f"{path}: output '{name}' is no tensor of numbers, which verify cannot compare")
     return dict(zip(names, values, strict=True))

@@ -59,8 +59,9 @@ def test_version_and_nothing_at_all(command: Command) -> None:
     assert (version.returncode, version.stderr) == (DONE, "")
     assert version.stdout == f"sparamx-onnx {sparamx_onnx.__version__}\n"
     nothing = command()
-    assert nothing.returncode == UNUSABLE
-    assert "Commands:" in nothing.stdout + nothing.stderr
+    assert (nothing.returncode, nothing.stdout) == (UNUSABLE, "")
+    assert nothing.stderr.startswith("Usage: sparamx-onnx")
+    assert "Commands:" in nothing.stderr
 
 
 @pytest.mark.parametrize(
