@@ -85,6 +85,8 @@ build/wheel/.built: $(VENV)/.ready $(PYTHON_SOURCES) $(CPP_SOURCES)
 
 $(VENV)/.installed: build/wheel/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	# mypy does not see that a package which it remembers has got another module.
+	@rm -rf .mypy_cache
 	@touch $@
 
 $(OLDEST)/.installed: build/wheel/.built $(OLDEST)/.ready
