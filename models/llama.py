@@ -81,6 +81,10 @@ class LlamaShape:
         )
 
 
+# For tests: every size differs from every other, so that a mix-up cannot go unnoticed, and two queries share a key.
+TINY = LlamaShape(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=80, vocab=112, positions=64)
+
+
 class CachedDecoder(torch.nn.Module):
     """LlamaForCausalLM with its cache as plain tensors, so that it can be a graph's inputs and outputs."""
 

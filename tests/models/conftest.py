@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import sparamx_onnx
-from sparamx_onnx.models import minilm
+from sparamx_onnx.models import llama, minilm
 
 Convert = Callable[[Path, str, str], Path]
 
@@ -15,6 +15,13 @@ Convert = Callable[[Path, str, str], Path]
 def minilm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("minilm") / "minilm.onnx"
     minilm.main([str(path)])
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama") / "llama.onnx"
+    llama.export(path, llama.TINY)
     return path
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import sparamx_onnx
 from sparamx_onnx.models import llama
+from sparamx_onnx.models.llama import TINY
 
-SHAPE = llama.LlamaShape(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=80, vocab=112, positions=64)
 PROMPT = [5, 9, 77, 30]
 LENGTH = 24
 
@@ -37,11 +37,11 @@ def configuration() -> dict[str, object]:
         # It looks for the library in the model's folder.
         "session_options": {"custom_ops_library": "libsparamx_onnx.so"},
         "filename": "model.onnx",
-        "head_size": SHAPE.head_size,
-        "hidden_size": SHAPE.hidden,
-        "num_attention_heads": SHAPE.heads,
-        "num_hidden_layers": SHAPE.layers,
-        "num_key_value_heads": SHAPE.kv_heads,
+        "head_size": TINY.head_size,
+        "hidden_size": TINY.hidden,
+        "num_attention_heads": TINY.heads,
+        "num_hidden_layers": TINY.layers,
+        "num_key_value_heads": TINY.kv_heads,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
@@ -55,28 +55,25 @@ def configuration() -> dict[str, object]:
             "present_value_names": "present.%d.value",
         },
     }
-    model = {"type": "llama", "vocab_size": SHAPE.vocab, "context_length": SHAPE.positions, "decoder": decoder}
+    model = {"type": "llama", "vocab_size": TINY.vocab, "context_length": TINY.positions, "decoder": decoder}
     # Tokens that these random weights do not happen to choose, so that nothing ends the text early.
     model |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return {"model": model, "search": {"past_present_share_buffer": False}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("genai")
-    (folder / "dense").mkdir()
-    llama.export(folder / "dense" / "dense.onnx", SHAPE)
-    sparamx_onnx.convert(folder / "dense" / "dense.onnx", folder / "model.onnx", method="keep", weights="fp32")
-    shutil.copy(sparamx_onnx.get_library_path(), folder / "libsparamx_onnx.so")
-    (folder / "genai_config.json").write_text(json.dumps(configuration()))
-    return folder
+@pytest.fixture
+def folder(llama_path: Path, tmp_path: Path) -> Path:
+    sparamx_onnx.convert(llama_path, tmp_path / "model.onnx", method="keep", weights="fp32")
+    shutil.copy(sparamx_onnx.get_library_path(), tmp_path / "libsparamx_onnx.so")
+    (tmp_path / "genai_config.json").write_text(json.dumps(configuration()))
+    return tmp_path
 
 
 def greedy(model: Path) -> list[int]:
     """The most likely next token again and again, by ONNX Runtime alone."""
     session = sparamx_onnx.InferenceSession(model)
     tokens = list(PROMPT)
-    inputs = llama.feeds(SHAPE, batch=1, sequence=1, past=0)
+    inputs = llama.feeds(TINY, batch=1, sequence=1, past=0)
     while len(tokens) < LENGTH:
         inputs["input_ids"] = np.array([tokens], np.int64)
         inputs["attention_mask"] = np.ones((1, len(tokens)), np.int64)
@@ -85,10 +82,10 @@ def greedy(model: Path) -> list[int]:
     return tokens
 
 
-def test_it_generates_what_the_original_model_would(folder: Path) -> None:
+def test_it_generates_what_the_original_model_would(llama_path: Path, folder: Path) -> None:
     command = [sys.executable, "-c", GENERATE, str(folder), str(LENGTH), json.dumps(PROMPT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     tokens = json.loads(done.stdout)
-    assert tokens == greedy(folder / "dense" / "dense.onnx")
+    assert tokens == greedy(llama_path)
     assert len(set(tokens)) > len(PROMPT)

@@ -10,19 +10,10 @@ import torch
 
 import sparamx_onnx
 from sparamx_onnx.models import llama
-
-# Every size differs from every other, so that a mix-up cannot go unnoticed; grouped heads (4 queries share 2 keys).
-TINY = llama.LlamaShape(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=80, vocab=112, positions=64)
+from sparamx_onnx.models.llama import TINY
 
 Convert = Callable[[Path, str, str], Path]
 Arrays = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama") / "llama.onnx"
-    llama.export(path, TINY)
-    return path
 
 
 def run(session: sparamx_onnx.InferenceSession, inputs: Arrays) -> Arrays:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from sparamx_onnx.models import minilm, sentences
 
 Convert = Callable[[Path, str, str], Path]
 
+SEARCH_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "search.py"
 SENTENCES = [
     "The cat sleeps on the warm windowsill.",
     "A kitten naps beside the sunny window.",
@@ -118,3 +121,14 @@ def test_pruning_by_magnitude_sets_half_of_each_weight_to_zero(minilm_path: Path
     cosine = (embeddings * embed(minilm_path, SENTENCES)).sum(1)
     # Uncalibrated pruning costs quality, but what is left must still be this model.
     assert 0.3 < cosine.mean() < 0.99
+
+
+def test_the_search_example_finds_what_is_meant(minilm_path: Path, convert_once: Convert) -> None:
+    command = [sys.executable, str(SEARCH_EXAMPLE), str(convert_once(minilm_path, "keep", "bf16"))]
+    command += ["read one line from a file", "--sentences=200", "--top=3"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    scores = [float(line.split("  ", 1)[0]) for line in printed]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > 0.3
+    assert any(word in printed[0].lower() for word in ("read", "line", "file"))
