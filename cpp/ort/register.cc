@@ -14,6 +14,8 @@ namespace {
 
 // The oldest runtime that has all that this library calls; headers of this version, too, are what it is built with.
 constexpr uint32_t kApiVersion = 21;
+// An entry of the session's options that says that they have the domain.
+constexpr const char* kRegistered = "com.sparamx.registered";
 static_assert(ORT_API_VERSION >= kApiVersion, "build against the ONNX Runtime 1.21 headers or newer ones");
 
 // A status can only be made by the runtime itself, through an api that it knows.
@@ -44,7 +46,12 @@ SPARAMX_ENTRY OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Ort
   if (api == nullptr) return TooOld(base);
   try {
     Ort::InitApi(api);
-    return api->AddCustomOpDomain(options, Domain());
+    // A second registration would be refused, by newer runtimes only when the session is made: it is a no-op instead.
+    int registered = 0;
+    if (OrtStatus* status = api->HasSessionConfigEntry(options, kRegistered, &registered)) return status;
+    if (registered != 0) return nullptr;
+    if (OrtStatus* status = api->AddCustomOpDomain(options, Domain())) return status;
+    return api->AddSessionConfigEntry(options, kRegistered, "1");
   } catch (const std::exception& e) {
     return api->CreateStatus(ORT_FAIL, e.what());
   }
