@@ -46,6 +46,14 @@ static constexpr size_t MaskBytesPerTile(WeightType type) {
 static constexpr size_t TilesPerRun(WeightType type) {
   return kRunK / TileK(type);
 }
+// What a stored code is above the number that it means: 8-bit and 4-bit codes are stored unsigned.
+static constexpr int CodeBias(WeightType type) {
+  return type == WeightType::kInt8 ? 128 : type == WeightType::kInt4 ? 8 : 0;
+}
+// Values that a run with `count` non-zeros stores: runs of 4-bit codes begin at a byte.
+static constexpr uint64_t StoredValues(WeightType type, uint64_t count) {
+  return type == WeightType::kInt4 ? (count + 1) & ~static_cast<uint64_t>(1) : count;
+}
 // Bytes of `count` packed values.
 static constexpr uint64_t ValueBytes(WeightType type, uint64_t count) {
   return (count * CodeBits(type) + 7) / 8;
@@ -61,11 +69,11 @@ struct PackedView {
   size_t strips;           // along N
   size_t tiles;            // along K, per strip
   size_t runs;             // along K, per strip
+  size_t groups;           // of scales along K: 1 for int8, 0 without scales
   const uint8_t* offsets;  // sparse: uint64 per run
   const uint8_t* bitmap;   // sparse
   const uint8_t* values;
-  const uint8_t* scales;
-  const uint8_t* column_sums;
+  const uint8_t* scales;  // [strips][groups][16]
 };
 
 static inline uint64_t LoadU64(const uint8_t* p) {

@@ -43,4 +43,22 @@ inline float FloatFromFp16(uint16_t h) {
   return FloatOf(sign | ((magnitude << 13) + (112u << 23)));
 }
 
+// Nearest even; overflow becomes infinity, denormals are kept.
+inline uint16_t Fp16FromFloat(float f) {
+  const uint32_t b = BitsOf(f);
+  const uint32_t sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the multiple of 2^-24, rounded, in the low bits
+    return static_cast<uint16_t>(sign | (BitsOf(FloatOf(magnitude) + 0.5f) - BitsOf(0.5f)));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13));
+}
+
+// The nearest integer, ties to even, for |f| < 2^22.
+inline float RoundToInteger(float f) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  return (f + kMagic) - kMagic;
+}
+
 }  // namespace sparamx

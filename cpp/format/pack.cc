@@ -1,82 +1,30 @@
-// The packer. Two passes over the source: the first counts the values of every run, from which the offsets and the size
-// follow; the second writes masks and values, every run on its own, so that threads need no order.
+// The packer. Passes over the source: scales (int8, int4), then the count of values of every run, from which the
+// offsets and the size follow, then masks and values, every run on its own, so that threads need no order.
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
-#include "format/for_each.h"
 #include "format/number.h"
 #include "format/packed_format.h"
+#include "format/quantize.h"
+#include "format/stage.h"
 
 namespace sparamx {
 namespace {
 
+using internal::ForEachRun;
 using internal::Header;
 using internal::Section;
 using internal::SectionSizes;
+using internal::Stage;
 
-// Strips staged together: 256 bytes of a row-major fp32 row at a time, so that a wide matrix is not read in single
-// lines, each on a page of its own.
-constexpr size_t kStagedStrips = 4;
-constexpr size_t kStagedColumns = kStagedStrips * kStripColumns;
-
-// One run of several strips as fp32, [k][column], zero beyond the matrix.
-struct Stage {
-  float w[kRunK][kStagedColumns];
-};
-
-template <typename Load>
-void StageElements(const SourceMatrix& m, size_t k0, size_t n0, const Load& load, Stage* stage) {
-  const size_t rows = std::min<size_t>(kRunK, m.k - k0);
-  const size_t columns = std::min<size_t>(kStagedColumns, m.n - n0);
-  if (rows < kRunK || columns < kStagedColumns) std::memset(stage, 0, sizeof *stage);
-  const int64_t origin = static_cast<int64_t>(k0) * m.stride_k + static_cast<int64_t>(n0) * m.stride_n;
-  if (m.stride_n == 1) {
-    for (size_t k = 0; k < rows; ++k) {
-      const int64_t row = origin + static_cast<int64_t>(k) * m.stride_k;
-      for (size_t n = 0; n < columns; ++n) stage->w[k][n] = load(row + static_cast<int64_t>(n));
-    }
-    return;
-  }
-  constexpr size_t kBlock = 16;  // along K, so that a transposed source is read a cache line at a time
-  for (size_t k = 0; k < rows; k += kBlock) {
-    const size_t end = std::min(rows, k + kBlock);
-    for (size_t n = 0; n < columns; ++n) {
-      const int64_t column = origin + static_cast<int64_t>(n) * m.stride_n;
-      for (size_t i = k; i < end; ++i) stage->w[i][n] = load(column + static_cast<int64_t>(i) * m.stride_k);
-    }
-  }
-}
-
-void LoadStage(const SourceMatrix& m, size_t run, size_t strip, Stage* stage) {
-  const size_t k0 = run * kRunK, n0 = strip * kStripColumns;
-  switch (m.type) {
-    case SourceType::kFp32: {
-      const auto* p = static_cast<const float*>(m.data);
-      return StageElements(
-          m, k0, n0, [p](int64_t i) { return p[i]; }, stage);
-    }
-    case SourceType::kFp16: {
-      const auto* p = static_cast<const uint16_t*>(m.data);
-      return StageElements(
-          m, k0, n0, [p](int64_t i) { return FloatFromFp16(p[i]); }, stage);
-    }
-    case SourceType::kBf16: {
-      const auto* p = static_cast<const uint16_t*>(m.data);
-      return StageElements(
-          m, k0, n0, [p](int64_t i) { return FloatFromBf16(p[i]); }, stage);
-    }
-  }
-}
-
-// How a weight type codes an fp32 weight, in terms that a compiler turns into vector code. A code of 0 is never stored
-// in the sparse form.
+// How a weight type codes an fp32 weight, in terms that a compiler turns into vector code. kZero is the code of 0,
+// which the sparse form never stores.
 struct Fp32Coder {
   using Code = uint32_t;
   static constexpr WeightType kType = WeightType::kFp32;
-  static Code Encode(float w) {
+  static constexpr Code kZero = 0;
+  static Code Encode(float w, float) {
     const uint32_t b = BitsOf(w);
     return (b & 0x7fffffffu) == 0 ? 0 : b;  // -0 is a zero
   }
@@ -84,7 +32,34 @@ struct Fp32Coder {
 struct Bf16Coder {
   using Code = uint16_t;
   static constexpr WeightType kType = WeightType::kBf16;
-  static Code Encode(float w) { return Bf16FromFloat(w); }
+  static constexpr Code kZero = 0;
+  static Code Encode(float w, float) { return Bf16FromFloat(w); }
+};
+struct Int8Coder {
+  using Code = uint8_t;
+  static constexpr WeightType kType = WeightType::kInt8;
+  static constexpr Code kZero = CodeBias(kType);
+  static Code Encode(float w, float scale) {
+    return static_cast<Code>(internal::QuantizeInt8(w, scale) + CodeBias(kType));
+  }
+};
+struct Int4Coder {
+  using Code = uint8_t;  // one code a byte until it is written
+  static constexpr WeightType kType = WeightType::kInt4;
+  static constexpr Code kZero = CodeBias(kType);
+  static Code Encode(float w, float scale) {
+    return static_cast<Code>(internal::QuantizeInt4(w, scale) + CodeBias(kType));
+  }
+};
+
+// What the passes before the writing learn.
+struct Census {
+  PackedView geometry;
+  std::vector<float> scales;      // [strips][groups][16]
+  std::vector<uint64_t> offsets;  // strips * runs + 1
+  uint64_t nnz = 0;
+  Form form;
+  SectionSizes sizes;
 };
 
 // One run of one strip in codes, [k][column].
@@ -92,110 +67,100 @@ template <typename Coder>
 struct Codes {
   typename Coder::Code code[kRunK][kStripColumns];
 
-  Codes(const Stage& stage, size_t column, size_t rows) {
-    for (size_t k = 0; k < rows; ++k)
-      for (size_t n = 0; n < kStripColumns; ++n) code[k][n] = Coder::Encode(stage.w[k][column + n]);
+  Codes(const Census& census, size_t strip, size_t run, const Stage& stage, size_t column, size_t rows) {
+    const PackedView& g = census.geometry;
+    const float* scales = g.groups == 0 ? nullptr : &census.scales[strip * g.groups * kStripColumns];
+    static constexpr float kNone[kStripColumns] = {};
+    for (size_t k = 0; k < rows; ++k) {
+      // Padded rows lie beyond the last group: they are zeros in any.
+      const size_t group = g.group_size == 0 ? 0 : std::min(g.groups - 1, (run * kRunK + k) / g.group_size);
+      const float* scale = scales == nullptr ? kNone : scales + group * kStripColumns;
+      for (size_t n = 0; n < kStripColumns; ++n) code[k][n] = Coder::Encode(stage.w[k][column + n], scale[n]);
+    }
   }
 };
-
-struct Job {
-  const SourceMatrix& source;
-  PackedView geometry;
-  unsigned threads;
-};
-
-// Calls body(strip, run, stage, first column in the stage) for every run, with threads.
-template <typename Body>
-void ForEachRun(const Job& job, const Body& body) {
-  const size_t groups = CeilDiv(job.geometry.strips, kStagedStrips);
-  ForEach(groups, job.threads, [&](size_t group) {
-    const std::unique_ptr<Stage> stage(new Stage);
-    const size_t first = group * kStagedStrips;
-    const size_t last = std::min(job.geometry.strips, first + kStagedStrips);
-    for (size_t run = 0; run < job.geometry.runs; ++run) {
-      LoadStage(job.source, run, first, stage.get());
-      for (size_t strip = first; strip < last; ++strip) body(strip, run, *stage, (strip - first) * kStripColumns);
-    }
-  });
-}
 
 size_t TilesInRun(const PackedView& g, size_t run) {
   return std::min(TilesPerRun(g.type), g.tiles - run * TilesPerRun(g.type));
 }
 
 template <typename Coder>
-uint64_t CountRun(const Stage& stage, size_t column, size_t tiles) {
-  const size_t rows = tiles * TileK(Coder::kType);
-  const Codes<Coder> codes(stage, column, rows);
+uint64_t CountRun(const Codes<Coder>& codes, size_t rows) {
   uint32_t count = 0;
   for (size_t k = 0; k < rows; ++k) {
     uint32_t row = 0;
-    for (size_t n = 0; n < kStripColumns; ++n) row += codes.code[k][n] != 0;
+    for (size_t n = 0; n < kStripColumns; ++n) row += codes.code[k][n] != Coder::kZero;
     count += row;
   }
   return count;
 }
 
+// Writes codes one after the other: as they are, or two 4-bit codes a byte.
+void StoreCodes(WeightType type, const void* codes, size_t count, size_t code_bytes, uint8_t* out) {
+  if (type != WeightType::kInt4) {
+    std::memcpy(out, codes, count * code_bytes);
+    return;
+  }
+  const auto* from = static_cast<const uint8_t*>(codes);
+  for (size_t i = 0; i + 1 < count; i += 2) out[i / 2] = static_cast<uint8_t>(from[i] | from[i + 1] << 4);
+  if (count % 2 != 0) out[count / 2] = from[count - 1];
+}
+
 template <typename Coder>
-void WriteSparseRun(const Stage& stage, size_t column, size_t tiles, uint8_t* masks, uint8_t* values, uint64_t room) {
+void WriteSparseRun(const Codes<Coder>& codes, size_t tiles, uint8_t* masks, uint8_t* values, uint64_t room) {
   using Code = typename Coder::Code;
   constexpr size_t kGroup = TileGroup(Coder::kType);
   constexpr size_t kRowWeights = kStripColumns * kGroup;
-  const Codes<Coder> codes(stage, column, tiles * TileK(Coder::kType));
-  // A row is compressed into this buffer without branches, writing one past the end: the blob itself has no room for
-  // that.
-  Code row_values[kRowWeights + 1];
-  uint64_t written = 0;
+  // The run is compressed into this buffer without branches, writing one past the end: the blob has no room for that.
+  Code kept_codes[kRunK * kStripColumns + 1];
+  size_t count = 0;
   for (size_t row = 0; row < tiles * kTileRows; ++row) {
     uint64_t mask = 0;
-    size_t count = 0;
     for (size_t c = 0; c < kStripColumns; ++c) {
       for (size_t p = 0; p < kGroup; ++p) {
         const Code code = codes.code[row * kGroup + p][c];
-        const bool kept = code != 0;
-        row_values[count] = code;
+        const bool kept = code != Coder::kZero;
+        kept_codes[count] = code;
         count += kept;
         mask |= static_cast<uint64_t>(kept) << (c * kGroup + p);
       }
     }
-    if (written + count > room)
-      return;  // the source changed between the passes: stay inside this run's place, the checker will see it
-    std::memcpy(values + written * sizeof(Code), row_values, count * sizeof(Code));
-    written += count;
     std::memcpy(masks + row * kRowWeights / 8, &mask, kRowWeights / 8);
   }
+  // If the source changed since it was counted, stay inside this run's place: the checker will see it.
+  StoreCodes(Coder::kType, kept_codes, static_cast<size_t>(std::min<uint64_t>(count, room)), sizeof(Code), values);
 }
 
 template <typename Coder>
-void WriteDenseRun(const Stage& stage, size_t column, size_t tiles, uint8_t* values) {
+void WriteDenseRun(const Codes<Coder>& codes, size_t tiles, uint8_t* values) {
   using Code = typename Coder::Code;
   constexpr size_t kGroup = TileGroup(Coder::kType);
-  Code row_values[kStripColumns * kGroup];
+  constexpr size_t kRowWeights = kStripColumns * kGroup;
+  Code row_codes[kRowWeights];
   for (size_t row = 0; row < tiles * kTileRows; ++row) {
     for (size_t c = 0; c < kStripColumns; ++c)
-      for (size_t p = 0; p < kGroup; ++p)
-        row_values[c * kGroup + p] = Coder::Encode(stage.w[row * kGroup + p][column + c]);
-    std::memcpy(values + row * kTileRowBytes, row_values, sizeof row_values);
+      for (size_t p = 0; p < kGroup; ++p) row_codes[c * kGroup + p] = codes.code[row * kGroup + p][c];
+    StoreCodes(Coder::kType, row_codes, kRowWeights, sizeof(Code),
+               values + row * ValueBytes(Coder::kType, kRowWeights));
   }
 }
 
-// What pass one learns: the number of values before each run, and the form that follows.
-struct Census {
-  PackedView geometry;
-  std::vector<uint64_t> offsets;  // strips * runs + 1
-  Form form;
-  SectionSizes sizes;
-};
-
-Status CheckArguments(const SourceMatrix& m, const PackOptions& o) {
+Status CheckArguments(const SourceMatrix& m, PackOptions* o) {
   if (m.k > kMaxDimension || m.n > kMaxDimension) return Status::Invalid("K and N must be below 2^31");
   if (m.data == nullptr && m.k * m.n != 0) return Status::Invalid("the matrix has no data");
-  if (o.type != WeightType::kFp32 && o.type != WeightType::kBf16)
-    return Status::Invalid("the weight type must be fp32 or bf16");
-  if (o.form > Form::kDense) return Status::Invalid("the form must be auto, sparse or dense");
-  if (o.scale_type != ScaleType::kNone || o.group_size != 0)
-    return Status::Invalid("fp32 and bf16 weights take neither scales nor groups");
   if (m.type > SourceType::kBf16) return Status::Invalid("the source must be fp32, fp16 or bf16");
+  if (o->form > Form::kDense) return Status::Invalid("the form must be auto, sparse or dense");
+  if (o->type == WeightType::kInt8) {
+    if (o->scale_type == ScaleType::kNone) o->scale_type = ScaleType::kFp32;
+    if (o->scale_type != ScaleType::kFp32) return Status::Invalid("int8 weights take fp32 scales");
+    if (o->group_size != 0) return Status::Invalid("int8 weights take no groups");
+  } else if (o->type == WeightType::kInt4) {
+    if (o->scale_type == ScaleType::kNone) o->scale_type = ScaleType::kFp16;
+    if (o->group_size == 0) o->group_size = 32;
+    if (!internal::IsGroupSize(o->group_size)) return Status::Invalid("the group size must be 16, 32, 64, 128 or 256");
+  } else if (o->scale_type != ScaleType::kNone || o->group_size != 0) {
+    return Status::Invalid("fp32 and bf16 weights take neither scales nor groups");
+  }
   return {};
 }
 
@@ -221,26 +186,46 @@ uint64_t BlobBytes(const SectionSizes& sizes) {
 }
 
 template <typename Coder>
-Census Count(const SourceMatrix& m, const PackOptions& o) {
-  Census census;
-  census.geometry = {};
-  census.geometry.type = o.type;
-  census.geometry.k = m.k;
-  census.geometry.n = m.n;
-  internal::SetGeometry(&census.geometry);
-  const size_t runs = census.geometry.runs;
-  census.offsets.assign(census.geometry.strips * runs + 1, 0);
-  ForEachRun({m, census.geometry, o.threads}, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
-    census.offsets[strip * runs + run + 1] = CountRun<Coder>(stage, column, TilesInRun(census.geometry, run));
+Status Count(const SourceMatrix& m, const PackOptions& o, Census* census) {
+  PackedView& g = census->geometry;
+  g = {};
+  g.type = o.type;
+  g.scale_type = o.scale_type;
+  g.group_size = o.group_size;
+  g.k = m.k;
+  g.n = m.n;
+  internal::SetGeometry(&g);
+  const Status status = internal::ComputeScales(m, g, o.threads, &census->scales);
+  if (!status.ok()) return status;
+  census->offsets.assign(g.strips * g.runs + 1, 0);
+  ForEachRun(m, g, o.threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
+    const size_t rows = TilesInRun(g, run) * TileK(g.type);
+    const Codes<Coder> codes(*census, strip, run, stage, column, rows);
+    census->offsets[strip * g.runs + run + 1] = CountRun<Coder>(codes, rows);
   });
-  for (size_t i = 1; i < census.offsets.size(); ++i) census.offsets[i] += census.offsets[i - 1];
+  census->nnz = 0;
+  for (size_t i = 1; i < census->offsets.size(); ++i) {
+    census->nnz += census->offsets[i];
+    census->offsets[i] = census->offsets[i - 1] + StoredValues(g.type, census->offsets[i]);
+  }
   const SectionSizes sparse =
-      internal::SizesOf(o.type, Form::kSparse, o.scale_type, o.group_size, m.k, m.n, census.offsets.back());
+      internal::SizesOf(o.type, Form::kSparse, o.scale_type, o.group_size, m.k, m.n, census->offsets.back());
   const SectionSizes dense = internal::SizesOf(o.type, Form::kDense, o.scale_type, o.group_size, m.k, m.n, 0);
-  census.form = o.form;
-  if (o.form == Form::kAuto) census.form = BlobBytes(sparse) < BlobBytes(dense) ? Form::kSparse : Form::kDense;
-  census.sizes = census.form == Form::kSparse ? sparse : dense;
-  return census;
+  census->form = o.form;
+  if (o.form == Form::kAuto) census->form = BlobBytes(sparse) < BlobBytes(dense) ? Form::kSparse : Form::kDense;
+  census->sizes = census->form == Form::kSparse ? sparse : dense;
+  return {};
+}
+
+void WriteScales(const Census& census, uint8_t* out) {
+  const bool fp16 = census.geometry.scale_type == ScaleType::kFp16;
+  for (size_t i = 0; i < census.scales.size(); ++i) {
+    const uint16_t half = Fp16FromFloat(census.scales[i]);
+    if (fp16)
+      std::memcpy(out + 2 * i, &half, sizeof half);
+    else
+      std::memcpy(out + 4 * i, &census.scales[i], sizeof(float));
+  }
 }
 
 template <typename Coder>
@@ -252,9 +237,11 @@ Status Write(const SourceMatrix& m, const PackOptions& o, const Census& census, 
   header.header_bytes = sizeof header;
   header.k = m.k;
   header.n = m.n;
-  header.nnz = census.offsets.back();
+  header.nnz = census.nnz;
   header.weight_type = static_cast<uint8_t>(o.type);
   header.code_bits = static_cast<uint8_t>(CodeBits(o.type));
+  header.scale_type = static_cast<uint8_t>(o.scale_type);
+  header.group_size = o.group_size;
   header.form = static_cast<uint8_t>(census.form);
   header.run_k = kRunK;
   header.matrix_count = 1;
@@ -277,40 +264,58 @@ Status Write(const SourceMatrix& m, const PackOptions& o, const Census& census, 
   const PackedView& g = census.geometry;
   if (census.form == Form::kSparse)
     std::memcpy(at[internal::kOffsets], census.offsets.data(), census.offsets.size() * 8);
-  ForEachRun({m, g, o.threads}, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
-    const size_t tile = strip * g.tiles + run * TilesPerRun(g.type);
-    if (census.form == Form::kDense) {
-      WriteDenseRun<Coder>(stage, column, TilesInRun(g, run), at[internal::kValues] + tile * kTileRows * kTileRowBytes);
-      return;
-    }
+  WriteScales(census, at[internal::kScales]);
+  ForEachRun(m, g, o.threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
+    const size_t tile = strip * g.tiles + run * TilesPerRun(g.type), tiles = TilesInRun(g, run);
+    const Codes<Coder> codes(census, strip, run, stage, column, tiles * TileK(g.type));
+    if (census.form == Form::kDense)
+      return WriteDenseRun<Coder>(codes, tiles, at[internal::kValues] + ValueBytes(g.type, tile * TileWeights(g.type)));
     const uint64_t* offset = &census.offsets[strip * g.runs + run];
-    WriteSparseRun<Coder>(stage, column, TilesInRun(g, run), at[internal::kBitmap] + tile * MaskBytesPerTile(g.type),
-                          at[internal::kValues] + offset[0] * sizeof(typename Coder::Code), offset[1] - offset[0]);
+    WriteSparseRun<Coder>(codes, tiles, at[internal::kBitmap] + tile * MaskBytesPerTile(g.type),
+                          at[internal::kValues] + ValueBytes(g.type, offset[0]), offset[1] - offset[0]);
   });
   return {};
 }
 
-template <typename Coder>
-Status PackAs(const SourceMatrix& m, const PackOptions& o, uint8_t* blob, uint64_t blob_size) {
-  return Write<Coder>(m, o, Count<Coder>(m, o), blob, blob_size);
+// Calls body with the coder of a weight type.
+template <typename Body>
+Status WithCoder(WeightType type, const Body& body) {
+  switch (type) {
+    case WeightType::kFp32:
+      return body(Fp32Coder());
+    case WeightType::kBf16:
+      return body(Bf16Coder());
+    case WeightType::kInt8:
+      return body(Int8Coder());
+    case WeightType::kInt4:
+      return body(Int4Coder());
+  }
+  return Status::Invalid("unknown weight type");
 }
 
 }  // namespace
 
 Status PackedSize(const SourceMatrix& source, const PackOptions& options, uint64_t* size) {
-  const Status status = CheckArguments(source, options);
+  PackOptions o = options;
+  const Status status = CheckArguments(source, &o);
   if (!status.ok()) return status;
-  const Census census =
-      options.type == WeightType::kFp32 ? Count<Fp32Coder>(source, options) : Count<Bf16Coder>(source, options);
-  *size = BlobBytes(census.sizes);
-  return {};
+  return WithCoder(o.type, [&](auto coder) {
+    Census census;
+    const Status counted = Count<decltype(coder)>(source, o, &census);
+    if (counted.ok()) *size = BlobBytes(census.sizes);
+    return counted;
+  });
 }
 
 Status Pack(const SourceMatrix& source, const PackOptions& options, uint8_t* blob, uint64_t blob_size) {
-  const Status status = CheckArguments(source, options);
+  PackOptions o = options;
+  const Status status = CheckArguments(source, &o);
   if (!status.ok()) return status;
-  return options.type == WeightType::kFp32 ? PackAs<Fp32Coder>(source, options, blob, blob_size)
-                                           : PackAs<Bf16Coder>(source, options, blob, blob_size);
+  return WithCoder(o.type, [&](auto coder) {
+    Census census;
+    const Status counted = Count<decltype(coder)>(source, o, &census);
+    return counted.ok() ? Write<decltype(coder)>(source, o, census, blob, blob_size) : counted;
+  });
 }
 
 }  // namespace sparamx

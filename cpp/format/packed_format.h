@@ -35,6 +35,7 @@ struct SourceMatrix {
   SourceType type;
 };
 
+// scale_type kNone takes the type's default (int8: fp32, int4: fp16), group_size 0 as well (int4: 32).
 struct PackOptions {
   WeightType type = WeightType::kBf16;
   Form form = Form::kAuto;
@@ -71,8 +72,8 @@ struct Section {
 };
 static_assert(sizeof(Section) == 24, "docs/format.md promises 24 bytes");
 
-enum SectionId : uint32_t { kOffsets = 1, kBitmap, kValues, kScales, kColumnSums, kDirectory };
-constexpr size_t kSectionKinds = 6;
+enum SectionId : uint32_t { kOffsets = 1, kBitmap, kValues, kScales, kDirectory };
+constexpr size_t kSectionKinds = 5;
 
 constexpr char kMagic[8] = {'S', 'P', 'A', 'R', 'A', 'M', 'X', 'W'};
 
@@ -84,7 +85,10 @@ struct SectionSizes {
 SectionSizes SizesOf(WeightType type, Form form, ScaleType scale_type, uint32_t group_size, uint64_t k, uint64_t n,
                      uint64_t values);
 
-// Fills strips, tiles and runs from type, k and n.
+// Weights along K that may share an int4 scale: a run holds a whole number of groups.
+bool IsGroupSize(uint32_t size);
+
+// Fills strips, tiles, runs and groups from type, scale type, group size, k and n.
 void SetGeometry(PackedView* view);
 
 }  // namespace internal

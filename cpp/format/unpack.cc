@@ -8,28 +8,54 @@
 namespace sparamx {
 namespace {
 
+// What value number `index` means, without its scale.
 float Decode(WeightType type, const uint8_t* values, uint64_t index) {
-  if (type == WeightType::kFp32) {
-    float f;
-    std::memcpy(&f, values + 4 * index, sizeof f);
-    return f;
+  switch (type) {
+    case WeightType::kFp32: {
+      float f;
+      std::memcpy(&f, values + 4 * index, sizeof f);
+      return f;
+    }
+    case WeightType::kBf16: {
+      uint16_t b;
+      std::memcpy(&b, values + 2 * index, sizeof b);
+      return FloatFromBf16(b);
+    }
+    case WeightType::kInt8:
+      return static_cast<float>(values[index] - CodeBias(type));
+    case WeightType::kInt4:
+      return static_cast<float>((values[index / 2] >> (index % 2 * 4) & 15) - CodeBias(type));
   }
-  uint16_t b;
-  std::memcpy(&b, values + 2 * index, sizeof b);
-  return FloatFromBf16(b);
+  return 0;
+}
+
+float ScaleOf(const PackedView& w, size_t strip, uint64_t k, size_t column) {
+  if (w.groups == 0) return 1.0f;
+  const size_t group = w.group_size == 0 ? 0 : k / w.group_size;
+  const size_t index = (strip * w.groups + group) * kStripColumns + column;
+  if (w.scale_type == ScaleType::kFp16) {
+    uint16_t half;
+    std::memcpy(&half, w.scales + 2 * index, sizeof half);
+    return FloatFromFp16(half);
+  }
+  float scale;
+  std::memcpy(&scale, w.scales + 4 * index, sizeof scale);
+  return scale;
 }
 
 void UnpackStrip(const PackedView& w, size_t strip, float* dense) {
   const size_t group = TileGroup(w.type), row_weights = kStripColumns * group;
+  const size_t rows_per_run = kRunK / group;
   const uint8_t* masks = w.bitmap + strip * w.tiles * MaskBytesPerTile(w.type);
-  uint64_t next = w.form == Form::kSparse ? ValuesBefore(w, strip, 0) : strip * w.tiles * TileWeights(w.type);
+  uint64_t next = strip * w.tiles * TileWeights(w.type);  // of the dense form
   for (size_t row = 0; row < w.tiles * kTileRows; ++row) {
+    if (w.form == Form::kSparse && row % rows_per_run == 0) next = ValuesBefore(w, strip, row / rows_per_run);
     for (size_t e = 0; e < row_weights; ++e) {
       const uint64_t bit = row * row_weights + e;
       const bool stored = w.form == Form::kDense || (masks[bit / 8] >> (bit % 8) & 1) != 0;
       const float value = stored ? Decode(w.type, w.values, next++) : 0.0f;
       const uint64_t k = row * group + e % group, n = strip * kStripColumns + e / group;
-      if (k < w.k && n < w.n) dense[k * w.n + n] = value;
+      if (k < w.k && n < w.n) dense[k * w.n + n] = stored ? value * ScaleOf(w, strip, k, e / group) : 0.0f;
     }
   }
 }

@@ -8,16 +8,25 @@
 namespace sparamx {
 namespace internal {
 
+bool IsGroupSize(uint32_t size) {
+  return size == 16 || size == 32 || size == 64 || size == 128 || size == 256;
+}
+
 void SetGeometry(PackedView* view) {
   view->strips = CeilDiv(view->n, kStripColumns);
   view->tiles = CeilDiv(view->k, TileK(view->type));
   view->runs = CeilDiv(view->tiles, TilesPerRun(view->type));
+  view->groups = view->scale_type == ScaleType::kNone ? 0
+                 : view->group_size == 0              ? 1
+                                                      : CeilDiv(view->k, view->group_size);
 }
 
 SectionSizes SizesOf(WeightType type, Form form, ScaleType scale_type, uint32_t group_size, uint64_t k, uint64_t n,
                      uint64_t values) {
   PackedView v = {};
   v.type = type;
+  v.scale_type = scale_type;
+  v.group_size = group_size;
   v.k = k;
   v.n = n;
   SetGeometry(&v);
@@ -29,12 +38,8 @@ SectionSizes SizesOf(WeightType type, Form form, ScaleType scale_type, uint32_t 
   } else {
     sizes.bytes[kValues] = ValueBytes(type, static_cast<uint64_t>(v.strips) * v.tiles * TileWeights(type));
   }
-  if (scale_type != ScaleType::kNone) {
-    const uint64_t groups = group_size ? CeilDiv(k, group_size) : 1;
-    const uint64_t columns = static_cast<uint64_t>(v.strips) * kStripColumns;
-    sizes.bytes[kScales] = groups * columns * (scale_type == ScaleType::kFp16 ? 2 : 4);
-    sizes.bytes[kColumnSums] = groups * columns * 4;
-  }
+  sizes.bytes[kScales] =
+      static_cast<uint64_t>(v.strips) * v.groups * kStripColumns * (scale_type == ScaleType::kFp16 ? 2 : 4);
   return sizes;
 }
 
@@ -44,6 +49,19 @@ std::string Hex(uint64_t v) {
   char buffer[24];
   std::snprintf(buffer, sizeof buffer, "0x%llx", static_cast<unsigned long long>(v));
   return buffer;
+}
+
+bool ScalesFit(WeightType type, uint8_t scale_type, uint32_t group_size) {
+  const bool fp16 = scale_type == static_cast<uint8_t>(ScaleType::kFp16);
+  const bool fp32 = scale_type == static_cast<uint8_t>(ScaleType::kFp32);
+  switch (type) {
+    case WeightType::kInt8:
+      return fp32 && group_size == 0;
+    case WeightType::kInt4:
+      return (fp16 || fp32) && IsGroupSize(group_size);
+    default:
+      return scale_type == 0 && group_size == 0;
+  }
 }
 
 Status CheckHeader(const Header& h, uint64_t blob_size) {
@@ -61,12 +79,12 @@ Status CheckHeader(const Header& h, uint64_t blob_size) {
     return Status::Damaged("it says it has " + std::to_string(h.blob_bytes) + " bytes, but there are " +
                            std::to_string(blob_size));
   if (h.k > kMaxDimension || h.n > kMaxDimension) return Status::Damaged("its K or N is larger than 2^31 - 1");
-  if (h.weight_type > static_cast<uint8_t>(WeightType::kBf16))
+  if (h.weight_type >= kWeightTypes)
     return Status::Unsupported("its weight type " + std::to_string(h.weight_type) + " is unknown to this library");
   const auto type = static_cast<WeightType>(h.weight_type);
   if (h.code_bits != CodeBits(type)) return Status::Damaged("its code bits do not fit its weight type");
-  if (h.scale_type != 0 || h.group_size != 0)
-    return Status::Damaged("it has scales, which its weight type does not use");
+  if (!ScalesFit(type, h.scale_type, h.group_size))
+    return Status::Damaged("its scale type or group size does not fit its weight type");
   if (h.form != static_cast<uint8_t>(Form::kSparse) && h.form != static_cast<uint8_t>(Form::kDense))
     return Status::Damaged("its form is neither sparse nor dense");
   if (h.order != 0) return Status::Unsupported("its order of weights is unknown to this library");
@@ -79,8 +97,9 @@ Status CheckHeader(const Header& h, uint64_t blob_size) {
   return {};
 }
 
-// Demands exactly the sections that the header implies, in order, inside the blob, and returns where they are.
-Status ReadSections(const uint8_t* blob, uint64_t blob_size, const Header& h, const SectionSizes& expected,
+// Demands exactly the sections that the header implies, in order, inside the blob, and returns where they are. How many
+// values a sparse blob stores is the last entry of its offsets.
+Status ReadSections(const uint8_t* blob, uint64_t blob_size, const Header& h, SectionSizes expected,
                     uint64_t (&offset)[kSectionKinds + 1]) {
   uint64_t end = sizeof(Header) + static_cast<uint64_t>(h.section_count) * sizeof(Section);
   if (h.section_count > kSectionKinds || end > blob_size) return Status::Damaged("its section table does not fit");
@@ -98,6 +117,11 @@ Status ReadSections(const uint8_t* blob, uint64_t blob_size, const Header& h, co
       return Status::Damaged(name + " has " + std::to_string(s.size) + " bytes where K, N and the values need " +
                              std::to_string(expected.bytes[id]));
     offset[id] = s.offset;
+    if (id == kOffsets) {
+      const uint64_t values = LoadU64(blob + s.offset + s.size - 8);
+      if (values > 2 * blob_size) return Status::Damaged("its offsets count more values than it can hold");
+      expected.bytes[kValues] = ValueBytes(static_cast<WeightType>(h.weight_type), values);
+    }
     end = s.offset + s.size;
     if (id == kValues) end += kOverread;
   }
@@ -113,9 +137,9 @@ uint64_t CountBits(const uint8_t* p, size_t bytes) {
 }
 
 // Every run must hold as many values as its masks have bits: then values stay inside their section.
-Status CheckRuns(const PackedView& w, uint64_t total) {
+Status CheckRuns(const PackedView& w) {
   const size_t tile_bytes = MaskBytesPerTile(w.type);
-  uint64_t before = 0;
+  uint64_t before = 0, nnz = 0;
   for (size_t strip = 0; strip < w.strips; ++strip) {
     for (size_t run = 0; run < w.runs; ++run) {
       if (ValuesBefore(w, strip, run) != before)
@@ -123,10 +147,12 @@ Status CheckRuns(const PackedView& w, uint64_t total) {
                                " does not fit its bitmap");
       const size_t first = run * TilesPerRun(w.type);
       const size_t tiles = w.tiles - first < TilesPerRun(w.type) ? w.tiles - first : TilesPerRun(w.type);
-      before += CountBits(w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles * tile_bytes);
+      const uint64_t count = CountBits(w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles * tile_bytes);
+      before += StoredValues(w.type, count);
+      nnz += count;
     }
   }
-  if (ValuesBefore(w, w.strips, 0) != before || before != total)
+  if (ValuesBefore(w, w.strips, 0) != before || nnz != w.nnz)
     return Status::Damaged("its bitmap and its count of values disagree");
   return {};
 }
@@ -164,9 +190,8 @@ Status Parse(const uint8_t* blob, uint64_t blob_size, PackedView* view) {
   v.bitmap = blob + offset[kBitmap];
   v.values = blob + offset[kValues];
   v.scales = blob + offset[kScales];
-  v.column_sums = blob + offset[kColumnSums];
   if (v.form == Form::kSparse) {
-    status = CheckRuns(v, h.nnz);
+    status = CheckRuns(v);
     if (!status.ok()) return status;
   }
   *view = v;

@@ -13,6 +13,7 @@
 // GCC 12's tile intrinsics do not tell the compiler that they touch memory, hence the barriers.
 #include "kernels/expand_vbmi2.h"
 #include "kernels/pack_rows.h"
+#include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
 
 namespace sparamx {
@@ -21,7 +22,7 @@ namespace {
 constexpr size_t kTileBytes = kTileRows * kTileRowBytes;
 constexpr size_t kStrips = 2;       // strips of a block
 constexpr size_t kBlock = 32;       // rows of a block
-constexpr size_t kPanelTiles = 16;  // per strip: K = 512
+constexpr size_t kPanelTiles = 16;  // of a strip
 constexpr size_t kMaxRows = 512;    // of one job, rounded up: the size of the sums' array
 constexpr size_t kRing = 4;         // expanded tile pairs in flight for small M
 
@@ -56,20 +57,145 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// One step along K: weights from b[strip], rows from x, into the sums.
-template <int RowTiles, int Strips>
+// --- What differs between weight types: how tiles come about, which product takes them, what sums mean
+// -----------------
+
+struct Bf16Tiles {
+  using Walk = Cursor;
+  static constexpr size_t kMade = 1;  // tiles that one packed tile becomes
+  static constexpr bool kDenseInPlace = true;
+
+  static Walk Start(const PackedView& w, size_t strip, size_t run) { return StartOf(w, strip, run); }
+  template <bool Sparse>
+  static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Walk* walk, uint8_t* out) {
+    ExpandWords<Sparse>(walk, out);
+  }
+#define SPARAMX_PRODUCT(sum, x, w) _tile_dpbf16ps(sum, x, w)
+  static SPARAMX_INLINE void Product0() {
+    SPARAMX_PRODUCT(0, 4, 6);
+  }
+  static SPARAMX_INLINE void Product1() {
+    SPARAMX_PRODUCT(1, 4, 7);
+  }
+  static SPARAMX_INLINE void Product2() {
+    SPARAMX_PRODUCT(2, 5, 6);
+  }
+  static SPARAMX_INLINE void Product3() {
+    SPARAMX_PRODUCT(3, 5, 7);
+  }
+#undef SPARAMX_PRODUCT
+  static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) {
+    return sum;
+  }
+};
+
+struct Int8Tiles {
+  using Walk = QuantizedCursor;
+  static constexpr size_t kMade = 1;
+  static constexpr bool kDenseInPlace = true;
+
+  static Walk Start(const PackedView& w, size_t strip, size_t run) { return QuantizedStartOf(w, strip, run); }
+  template <bool Sparse>
+  static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Walk* walk, uint8_t* out) {
+    ExpandCodes<false, Sparse>(walk, out);
+  }
+#define SPARAMX_PRODUCT(sum, x, w) _tile_dpbsud(sum, x, w)
+  static SPARAMX_INLINE void Product0() {
+    SPARAMX_PRODUCT(0, 4, 6);
+  }
+  static SPARAMX_INLINE void Product1() {
+    SPARAMX_PRODUCT(1, 4, 7);
+  }
+  static SPARAMX_INLINE void Product2() {
+    SPARAMX_PRODUCT(2, 5, 6);
+  }
+  static SPARAMX_INLINE void Product3() {
+    SPARAMX_PRODUCT(3, 5, 7);
+  }
+#undef SPARAMX_PRODUCT
+  static __m512 Result(const MatMulJob& job, size_t strip, size_t m, __m512 sum) {
+    const PackedView& w = *job.weights;
+    const QuantizedRowLayout layout = QuantizedLayout(w);
+    const uint8_t* row = static_cast<const uint8_t*>(job.x) + m * job.x_row_bytes;
+    int32_t correction = 0;
+    for (size_t run = job.first_run; run < job.last_run; ++run)
+      correction += LoadInt(row + layout.corrections_at + 4 * run);
+    const __m512i ints = _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_set1_epi32(correction));
+    const __m512 scales = _mm512_loadu_ps(ScalesOf(w, strip, 0));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(ints),
+                         _mm512_mul_ps(scales, _mm512_set1_ps(LoadFloat(row + layout.scales_at))));
+  }
+};
+
+struct Int4Tiles {
+  using Walk = QuantizedCursor;
+  static constexpr size_t kMade = 2;
+  static constexpr bool kDenseInPlace = false;
+
+  static Walk Start(const PackedView& w, size_t strip, size_t run) { return QuantizedStartOf(w, strip, run); }
+
+  // 32 bf16 of one row: pairs of neighbours along K, column after column.
+  static SPARAMX_INLINE void StorePairs(uint8_t* out, __m512 even, __m512 odd) {
+    const __m512i rounding = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    const auto rounded = [&](__m512 f) __attribute__((always_inline)) {
+      const __m512i bits = _mm512_castps_si512(f);
+      return _mm512_add_epi32(_mm512_add_epi32(bits, rounding), _mm512_and_si512(_mm512_srli_epi32(bits, 16), one));
+    };
+    _mm512_store_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(even), 16), rounded(odd)));
+  }
+
+  // Packed tile `tile` of a strip as two bf16 tiles.
+  template <bool Sparse>
+  static SPARAMX_INLINE void Expand(const PackedView& w, size_t strip, size_t tile, Walk* walk, uint8_t* out) {
+    alignas(64) uint8_t codes[kTileBytes];
+    if (tile % TilesPerRun(WeightType::kInt4) == 0) BeginRun(walk);
+    ExpandCodes<true, Sparse>(walk, codes);
+    const __m512i byte = _mm512_set1_epi32(255);
+    const size_t group_rows = Min(w.group_size / 4, 16);
+    for (size_t row0 = 0; row0 < 16; row0 += group_rows) {
+      const size_t group = Min(w.groups - 1, (tile * 64 + row0 * 4) / w.group_size);
+      const uint8_t* p = ScalesOf(w, strip, group);
+      const __m512 scales = w.scale_type == ScaleType::kFp16
+                                ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
+                                : _mm512_loadu_ps(p);
+      const __m512 bias = _mm512_mul_ps(scales, _mm512_set1_ps(CodeBias(WeightType::kInt4)));
+      const auto weight = [&](__m512i code) __attribute__((always_inline)) {
+        return _mm512_fmsub_ps(_mm512_cvtepi32_ps(code), scales, bias);
+      };
+      for (size_t row = row0; row < row0 + group_rows; ++row) {
+        const __m512i quads = _mm512_load_si512(codes + row * 64);
+        const __m512 w0 = weight(_mm512_and_si512(quads, byte));
+        const __m512 w1 = weight(_mm512_and_si512(_mm512_srli_epi32(quads, 8), byte));
+        const __m512 w2 = weight(_mm512_and_si512(_mm512_srli_epi32(quads, 16), byte));
+        const __m512 w3 = weight(_mm512_srli_epi32(quads, 24));
+        StorePairs(out + row * 128, w0, w1);
+        StorePairs(out + row * 128 + 64, w2, w3);
+      }
+    }
+  }
+  static SPARAMX_INLINE void Product0() { Bf16Tiles::Product0(); }
+  static SPARAMX_INLINE void Product1() { Bf16Tiles::Product1(); }
+  static SPARAMX_INLINE void Product2() { Bf16Tiles::Product2(); }
+  static SPARAMX_INLINE void Product3() { Bf16Tiles::Product3(); }
+  static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) { return sum; }
+};
+
+// --- One step along K: weights from b0 and b1, rows from x, into the sums
+// ----------------------------------------------
+
+template <class Kind, int RowTiles, int Strips>
 SPARAMX_INLINE void Products(const uint8_t* x, size_t x_row_bytes, const uint8_t* b0, const uint8_t* b1) {
   _tile_loadd(6, b0, 64);
   _tile_loadd(4, x, x_row_bytes);
-  _tile_dpbf16ps(0, 4, 6);
+  Kind::Product0();
   if (Strips == 2) {
     _tile_loadd(7, b1, 64);
-    _tile_dpbf16ps(1, 4, 7);
+    Kind::Product1();
   }
   if (RowTiles == 2) {
     _tile_loadd(5, x + 16 * x_row_bytes, x_row_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    if (Strips == 2) _tile_dpbf16ps(3, 5, 7);
+    Kind::Product2();
+    if (Strips == 2) Kind::Product3();
   }
 }
 
@@ -111,65 +237,80 @@ SPARAMX_INLINE void StoreSums(float* sums) {
 }
 
 // From the sums' array to Y, with bias and epilogue.
+template <class Kind>
 void Deliver(const MatMulJob& job, size_t strip, size_t strips, const float* sums) {
-  const size_t n0 = strip * kStripColumns;
   for (size_t s = 0; s < strips; ++s) {
     const size_t columns = ColumnsOf(*job.weights, strip + s);
-    for (size_t m = 0; m < job.rows; ++m)
-      Avx512Base::Store(job.y + m * job.y_stride + n0 + s * kStripColumns, columns,
-                        _mm512_load_ps(sums + m * kStrips * kStripColumns + s * kStripColumns));
+    float* y = job.y + (strip + s) * kStripColumns;
+    for (size_t m = 0; m < job.rows; ++m) {
+      const __m512 sum = _mm512_load_ps(sums + (m * kStrips + s) * kStripColumns);
+      Avx512Base::Store(y + m * job.y_stride, columns, Kind::Result(job, strip + s, m, sum));
+    }
   }
   FinishStrips(job, strip, strips);
 }
 
-// Where the tiles of a strip pair come from: the blob itself (dense), or a buffer into which they are expanded in turn.
-template <bool Sparse, int Strips>
+// A range of packed tiles of `Strips` strips on the way to the tile unit: expanded into a buffer in turn, or, where
+// that is the layout already, used where they lie in the blob.
+template <class Kind, bool Sparse, int Strips>
 class Feed {
  public:
-  Feed(const MatMulJob& job, size_t strip) {
-    for (int s = 0; s < Strips; ++s) cursors_[s] = StartOf(*job.weights, strip + s, job.first_run);
+  static constexpr bool kInPlace = !Sparse && Kind::kDenseInPlace;
+
+  Feed(const MatMulJob& job, size_t strip, size_t first) : weights_(*job.weights), strip_(strip) {
+    for (int s = 0; s < Strips; ++s) {
+      walks_[s] = Kind::Start(weights_, strip + s, job.first_run);
+      next_[s] = first;
+    }
   }
-  SPARAMX_INLINE void Expand(int s, uint8_t* out) { ExpandWords<true>(&cursors_[s], out); }
-  // Dense tiles are used where they lie.
-  SPARAMX_INLINE const uint8_t* Take(int s) {
-    const uint8_t* tile = cursors_[s].values;
-    cursors_[s].values += kTileBytes;
-    return tile;
+  // The next packed tile of strip s: writes Kind::kMade tiles.
+  SPARAMX_INLINE void Expand(size_t s, uint8_t* out) {
+    Kind::template Expand<Sparse>(weights_, strip_ + s, next_[s]++, &walks_[s], out);
   }
+  const uint8_t* InPlace(size_t s) const { return walks_[s].values; }
 
  private:
-  Cursor cursors_[Strips];
+  const PackedView& weights_;
+  size_t strip_;
+  typename Kind::Walk walks_[Strips];
+  size_t next_[Strips];
 };
 
-template <bool Sparse, int RowTiles, int Strips>
+template <class Kind, bool Sparse, int RowTiles, int Strips>
 void SmallStrips(const MatMulJob& job, size_t strip, size_t first, size_t last) {
-  alignas(64) uint8_t ring[Sparse ? kRing : 1][Strips][kTileBytes];
+  using Source = Feed<Kind, Sparse, Strips>;
+  constexpr size_t kBytes = Kind::kMade * kTileBytes;  // that a packed tile becomes
+  alignas(64) uint8_t ring[Source::kInPlace ? 1 : kRing][Strips][kBytes];
   alignas(64) float sums[RowTiles * 16 * kStrips * kStripColumns];
-  Feed<Sparse, Strips> feed(job, strip);
+  Source feed(job, strip, first);
   ZeroSums<RowTiles>();
-  const uint8_t* x = static_cast<const uint8_t*>(job.x) + first * kTileRowBytes;
-  if (Sparse)
-    for (int s = 0; s < Strips; ++s) feed.Expand(s, ring[0][s]);
+  const uint8_t* x = static_cast<const uint8_t*>(job.x) + first * Kind::kMade * kTileRowBytes;
+  if (!Source::kInPlace)
+    for (size_t s = 0; s < Strips; ++s) feed.Expand(s, ring[0][s]);
   for (size_t t = 0; t < last - first; ++t) {
-    if (Sparse) {
-      if (t + 1 < last - first)
-        for (int s = 0; s < Strips; ++s) feed.Expand(s, ring[(t + 1) % kRing][s]);
-      Barrier();
-      Products<RowTiles, Strips>(x, job.x_row_bytes, ring[t % kRing][0], ring[t % kRing][Strips - 1]);
-      Barrier();
+    const uint8_t *b0, *b1;
+    if (Source::kInPlace) {
+      b0 = feed.InPlace(0) + t * kBytes;
+      b1 = feed.InPlace(Strips - 1) + t * kBytes;
     } else {
-      const uint8_t* b0 = feed.Take(0);
-      const uint8_t* b1 = Strips == 2 ? feed.Take(Strips - 1) : nullptr;
-      Products<RowTiles, Strips>(x, job.x_row_bytes, b0, b1);
+      if (t + 1 < last - first)
+        for (size_t s = 0; s < Strips; ++s) feed.Expand(s, ring[(t + 1) % kRing][s]);
+      b0 = ring[t % kRing][0];
+      b1 = ring[t % kRing][Strips - 1];
     }
-    x += kTileRowBytes;
+    Barrier();
+    for (size_t i = 0; i < Kind::kMade; ++i) {
+      Products<Kind, RowTiles, Strips>(x, job.x_row_bytes, b0 + i * kTileBytes, b1 + i * kTileBytes);
+      x += kTileRowBytes;
+    }
+    Barrier();
   }
   StoreSums<RowTiles>(sums);
-  Deliver(job, strip, Strips, sums);
+  Deliver<Kind>(job, strip, Strips, sums);
 }
 
 // One block of rows over one panel; `background` expands a tile of the next panel at every step.
-template <int RowTiles, int Strips, typename Background>
+template <class Kind, int RowTiles, int Strips, typename Background>
 SPARAMX_INLINE void PanelBlock(const uint8_t* x, size_t x_row_bytes, const uint8_t* b0, const uint8_t* b1, size_t tiles,
                                bool first, float* sums, Background&& background) {
   if (first)
@@ -177,77 +318,77 @@ SPARAMX_INLINE void PanelBlock(const uint8_t* x, size_t x_row_bytes, const uint8
   else
     LoadSums<RowTiles>(sums);
   for (size_t t = 0; t < tiles; ++t) {
-    Products<RowTiles, Strips>(x + t * kTileRowBytes, x_row_bytes, b0 + t * kTileBytes, b1 + t * kTileBytes);
+    Products<Kind, RowTiles, Strips>(x + t * kTileRowBytes, x_row_bytes, b0 + t * kTileBytes, b1 + t * kTileBytes);
     background();
   }
   StoreSums<RowTiles>(sums);
 }
 
-template <bool Sparse, int Strips>
+template <class Kind, bool Sparse, int Strips>
 void PanelStripsAmx(const MatMulJob& job, size_t strip, size_t first, size_t last) {
-  alignas(64) uint8_t panels[Sparse ? 2 : 1][Strips][Sparse ? kPanelTiles : 1][kTileBytes];
+  using Source = Feed<Kind, Sparse, Strips>;
+  constexpr size_t kMade = Kind::kMade, kPacked = kPanelTiles / kMade;  // packed tiles of a panel's strip
+  alignas(64) uint8_t panels[Source::kInPlace ? 1 : 2][Strips][Source::kInPlace ? 1 : kPanelTiles][kTileBytes];
   alignas(64) float sums[kMaxRows * kStrips * kStripColumns];
-  Feed<Sparse, Strips> feed(job, strip);
+  Source feed(job, strip, first);
   const size_t rows = RoundUp(job.rows, 16);
-  int current = 0;
-  if (Sparse)
-    for (size_t t = 0; t < Min(kPanelTiles, last - first); ++t)
-      for (int s = 0; s < Strips; ++s) feed.Expand(s, panels[0][s][t]);
-  const uint8_t* dense[2] = {nullptr, nullptr};
-  if (!Sparse)
-    for (int s = 0; s < Strips; ++s) dense[s] = feed.Take(s);
-  for (size_t tile = first; tile < last; tile += kPanelTiles) {
-    const size_t tiles = Min(kPanelTiles, last - tile), next_tiles = Min(kPanelTiles, last - tile - tiles);
-    const uint8_t* b0 = Sparse ? panels[current][0][0] : dense[0] + (tile - first) * kTileBytes;
-    const uint8_t* b1 = Sparse        ? panels[current][Strips - 1][0]
-                        : Strips == 2 ? dense[1] + (tile - first) * kTileBytes
-                                      : b0;
+  size_t current = 0;
+  if (!Source::kInPlace)
+    for (size_t t = 0; t < Min(kPacked, last - first); ++t)
+      for (size_t s = 0; s < Strips; ++s) feed.Expand(s, panels[0][s][t * kMade]);
+  for (size_t tile = first; tile < last; tile += kPacked) {
+    const size_t tiles = Min(kPacked, last - tile), next_tiles = Min(kPacked, last - tile - tiles);
+    const size_t in_place = (tile - first) * kTileBytes;
+    const uint8_t* b0 = Source::kInPlace ? feed.InPlace(0) + in_place : panels[current][0][0];
+    const uint8_t* b1 = Source::kInPlace ? feed.InPlace(Strips - 1) + in_place : panels[current][Strips - 1][0];
     size_t expanded = 0;
     const auto background = [&]() __attribute__((always_inline)) {
-      if (!Sparse || expanded == next_tiles * Strips) return;
+      if (Source::kInPlace || expanded == next_tiles * Strips) return;
       const size_t s = expanded % Strips;
-      feed.Expand(static_cast<int>(s), panels[current ^ 1][s][expanded / Strips]);
+      feed.Expand(s, panels[current ^ 1][s][expanded / Strips * kMade]);
       ++expanded;
     };
-    const uint8_t* x = static_cast<const uint8_t*>(job.x) + tile * kTileRowBytes;
+    const uint8_t* x = static_cast<const uint8_t*>(job.x) + tile * kMade * kTileRowBytes;
     Barrier();
     for (size_t m = 0; m < rows; m += kBlock) {
       float* block_sums = sums + m * kStrips * kStripColumns;
+      const uint8_t* block_x = x + m * job.x_row_bytes;
       if (rows - m >= kBlock)
-        PanelBlock<2, Strips>(x + m * job.x_row_bytes, job.x_row_bytes, b0, b1, tiles, tile == first, block_sums,
-                              background);
+        PanelBlock<Kind, 2, Strips>(block_x, job.x_row_bytes, b0, b1, tiles * kMade, tile == first, block_sums,
+                                    background);
       else
-        PanelBlock<1, Strips>(x + m * job.x_row_bytes, job.x_row_bytes, b0, b1, tiles, tile == first, block_sums,
-                              background);
+        PanelBlock<Kind, 1, Strips>(block_x, job.x_row_bytes, b0, b1, tiles * kMade, tile == first, block_sums,
+                                    background);
     }
-    while (Sparse && expanded < next_tiles * Strips) background();
-    if (Sparse) current ^= 1;
+    while (!Source::kInPlace && expanded < next_tiles * Strips) background();
+    if (!Source::kInPlace) current ^= 1;
     Barrier();
   }
-  Deliver(job, strip, Strips, sums);
+  Deliver<Kind>(job, strip, Strips, sums);
 }
 
-template <bool Sparse, int Strips>
+template <class Kind, bool Sparse, int Strips>
 void AnyRows(const MatMulJob& job, size_t strip, size_t first, size_t last) {
-  if (job.rows <= 16) return SmallStrips<Sparse, 1, Strips>(job, strip, first, last);
-  if (job.rows <= kBlock) return SmallStrips<Sparse, 2, Strips>(job, strip, first, last);
-  PanelStripsAmx<Sparse, Strips>(job, strip, first, last);
+  if (job.rows <= 16) return SmallStrips<Kind, Sparse, 1, Strips>(job, strip, first, last);
+  if (job.rows <= kBlock) return SmallStrips<Kind, Sparse, 2, Strips>(job, strip, first, last);
+  PanelStripsAmx<Kind, Sparse, Strips>(job, strip, first, last);
 }
 
-template <bool Sparse>
-void MultiplyAmx(const MatMulJob& job) {
+template <class Kind, bool Sparse>
+void MultiplyAmxForm(const MatMulJob& job) {
   const PackedView& w = *job.weights;
   const size_t first = job.first_run * TilesPerRun(w.type), last = Min(job.last_run * TilesPerRun(w.type), w.tiles);
   const bool small = job.rows <= kBlock;
   const TileScope scope(small ? Min(job.rows, 16) : 16, small ? (job.rows > 16 ? job.rows - 16 : 0) : 16);
   size_t strip = job.first_strip;
-  for (; strip + kStrips <= job.last_strip; strip += kStrips) AnyRows<Sparse, 2>(job, strip, first, last);
-  if (strip < job.last_strip) AnyRows<Sparse, 1>(job, strip, first, last);
+  for (; strip + kStrips <= job.last_strip; strip += kStrips) AnyRows<Kind, Sparse, 2>(job, strip, first, last);
+  if (strip < job.last_strip) AnyRows<Kind, Sparse, 1>(job, strip, first, last);
 }
 
-void MultiplyBf16(const MatMulJob& job) {
-  if (job.weights->form == Form::kSparse) return MultiplyAmx<true>(job);
-  MultiplyAmx<false>(job);
+template <class Kind>
+void MultiplyAmx(const MatMulJob& job) {
+  if (job.weights->form == Form::kSparse) return MultiplyAmxForm<Kind, true>(job);
+  MultiplyAmxForm<Kind, false>(job);
 }
 
 }  // namespace
@@ -257,9 +398,9 @@ const Level kAmxLevel = {
     kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kAvx512Bf16 | kAmxTile | kAmxBf16 | kAmxInt8,
     {
         {},
-        {{}, {"amx", 2, 16, PackRowsBf16, MultiplyBf16}},
-        {},
-        {},
+        {{}, {"amx", 16, RowBytesBf16, PackRowsBf16, MultiplyAmx<Bf16Tiles>}},
+        {{}, {}, {"amx", 16, RowBytesQuantized, PackRowsQuantized, MultiplyAmx<Int8Tiles>}},
+        {{}, {}, {"amx", 16, RowBytesBf16, PackRowsBf16, MultiplyAmx<Int4Tiles>}},
     },
     FinishRows,
 };

@@ -1,13 +1,15 @@
 // AVX2 with FMA (Haswell to Alder Lake, Zen to Zen 3): no expand instruction, so each byte of the bitmap selects a
 // shuffle from a table in L1.
 //
-// Eight fp32 weights: one table load (vpmovsxbd), vpermd (port 5), a shift and an andnot for the holes, popcnt. Eight
-// bf16 weights: one pshufb (port 5) with a 16-byte table row that zeroes the holes, then a shift and an and to two fp32
-// rows. Registers: a strip is two ymm. M <= 4: 8 sums (4 chains at M = 1). Above: 6 rows x 1 strip = 12 sums, 2
-// weights, 1 broadcast.
+// Sixteen int8 or int4 weights: two 8-byte shuffles (vpinsrq of two table rows), one pshufb; products by vpabsb,
+// vpsignb, vpmaddubsw (cannot saturate: both sides are at most 127), vpmaddwd with ones, vpaddd. Eight fp32 weights:
+// one table load (vpmovsxbd), vpermd (port 5), a shift and an andnot for the holes, popcnt. Eight bf16 weights: one
+// pshufb (port 5) with a 16-byte table row that zeroes the holes, then a shift and an and to two fp32 rows. Registers:
+// a strip is two ymm. M <= 4: 8 sums (4 chains at M = 1). Above: 6 rows x 1 strip = 12 sums, 2 weights, 1 broadcast.
 #include <immintrin.h>
 
 #include "kernels/pack_rows.h"
+#include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
 
 namespace sparamx {
@@ -152,17 +154,118 @@ struct Avx2Bf16 : Avx2Base {
   }
 };
 
+struct Avx2Quantized : Avx2Base {
+  struct IntVec {
+    __m256i low, high;
+  };
+  using Weight = IntVec;
+  static constexpr bool kStoredCodes = false;
+  static constexpr size_t kDirectRows = 2;
+  static constexpr size_t kBlockRows = 2;
+
+  static SPARAMX_INLINE IntVec ZeroInt() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static SPARAMX_INLINE IntVec StartInt(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static SPARAMX_INLINE IntVec AddInt(const IntVec& a, const IntVec& b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+  }
+  static SPARAMX_INLINE Weight Weights(const uint8_t* tile, int row) {
+    const auto* p = reinterpret_cast<const __m256i*>(tile + row * 64);
+    return {_mm256_load_si256(p), _mm256_load_si256(p + 1)};
+  }
+  static SPARAMX_INLINE __m256i DotHalf(__m256i sum, __m256i w, __m256i x) {
+    const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+  }
+  static SPARAMX_INLINE IntVec Dot(const IntVec& sum, const Weight& w, const uint8_t* x) {
+    const __m256i codes = _mm256_set1_epi32(LoadInt(x));
+    return {DotHalf(sum.low, w.low, codes), DotHalf(sum.high, w.high, codes)};
+  }
+  static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
+    if (fp16)
+      return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+              _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+    return {_mm256_loadu_ps(reinterpret_cast<const float*>(p)), _mm256_loadu_ps(reinterpret_cast<const float*>(p) + 8)};
+  }
+  static SPARAMX_INLINE Vec Flush(const Vec& sum, const IntVec& ints, const Vec& scales, float x_scale) {
+    const __m256 xs = _mm256_set1_ps(x_scale);
+    return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(ints.low), _mm256_mul_ps(scales.low, xs), sum.low),
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(ints.high), _mm256_mul_ps(scales.high, xs), sum.high)};
+  }
+
+  // Spreads signed bytes to where the mask has bits, zeros elsewhere, and returns where the next byte is.
+  static SPARAMX_INLINE const uint8_t* Spread(const uint8_t* bytes, const uint8_t* masks, uint8_t* out) {
+    const auto table = [](uint32_t mask) __attribute__((always_inline)) {
+      return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.lane[mask]));
+    };
+    const uint32_t first = masks[0], second = masks[1];
+    const uint8_t* middle = bytes + __builtin_popcount(first);
+    const __m128i a = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), table(first));
+    const __m128i b = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(middle)), table(second));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi64(a, b));
+    return middle + __builtin_popcount(second);
+  }
+
+  // `count` codes, beginning at nibble `odd` of `values`, as signed bytes; may write up to 63 more.
+  static SPARAMX_INLINE void Widen(const uint8_t* values, size_t count, uint8_t* out) {
+    const __m256i low = _mm256_set1_epi8(15), bias = _mm256_set1_epi8(8);
+    for (size_t i = 0; i < count; i += 32) {
+      const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i / 2)));
+      const __m256i nibbles = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), low);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_sub_epi8(nibbles, bias));
+    }
+  }
+
+  template <bool Int4, bool Sparse>
+  static void Expand(QuantizedCursor* cursor, uint8_t* out) {
+    if (!Sparse) {
+      if (Int4) {
+        Widen(cursor->values, 1024, out);
+      } else {
+        const __m256i bias = _mm256_set1_epi8(-128);
+        for (size_t i = 0; i < 1024; i += 32)
+          _mm256_storeu_si256(
+              reinterpret_cast<__m256i*>(out + i),
+              _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cursor->values + i)), bias));
+      }
+      cursor->values += Int4 ? 512 : 1024;
+      return;
+    }
+    alignas(32) uint8_t bytes[1024 + 128];
+    size_t count = 0;
+    for (size_t i = 0; i < 128; i += 8) count += static_cast<size_t>(__builtin_popcountll(LoadU64(cursor->masks + i)));
+    const uint8_t* next = bytes;
+    if (Int4) {
+      Widen(cursor->values, count + 1, bytes);
+      next += cursor->odd;
+      const size_t passed = count + cursor->odd;
+      cursor->values += passed / 2;
+      cursor->odd = passed % 2;
+    } else {
+      const __m256i bias = _mm256_set1_epi8(-128);
+      for (size_t i = 0; i < count; i += 32)
+        _mm256_store_si256(
+            reinterpret_cast<__m256i*>(bytes + i),
+            _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cursor->values + i)), bias));
+      cursor->values += count;
+    }
+    Prefetch(cursor->values + kPrefetchBytes);
+    Prefetch(cursor->masks + kPrefetchBytes / 2);
+    for (size_t i = 0; i < 128; i += 2) next = Spread(next, cursor->masks + i, out + 8 * i);
+    cursor->masks += 128;
+  }
+};
+
 }  // namespace
 
 const Level kAvx2Level = {
     "avx2",
     kAvx2,
     {
-        {{"avx2", 4, 1, PackRowsFp32, MultiplyStrips<Avx2Fp32>}, {}},
-        {{"avx2", 4, 1, PackRowsFp32, MultiplyStrips<Avx2Bf16>},
-         {"avx2", 4, 1, PackRowsRounded, MultiplyStrips<Avx2Bf16>}},
-        {},
-        {},
+        {{"avx2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx2Fp32>}, {}},
+        {{"avx2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx2Bf16>},
+         {"avx2", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx2Bf16>}},
+        {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Quantized, false>}},
+        {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Quantized, true>}},
     },
     FinishRows,
 };

@@ -85,9 +85,9 @@ const Level kAvx512Level = {
     "avx512",
     kAvx2 | kAvx512,
     {
-        {{"avx512", 4, 1, PackRowsFp32, MultiplyStrips<Avx512Fp32>}, {}},
-        {{"avx512", 4, 1, PackRowsFp32, MultiplyStrips<Avx512Bf16>},
-         {"avx512", 4, 1, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
+        {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Fp32>}, {}},
+        {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Bf16>},
+         {"avx512", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
         {},
         {},
     },

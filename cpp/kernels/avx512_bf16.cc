@@ -32,10 +32,10 @@ struct Bf16Bf16 : Avx512Base {
 
 const Level kAvx512Bf16Level = {
     "avx512_bf16",
-    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Bf16,
+    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kAvx512Bf16,
     {
         {},
-        {{}, {"avx512_bf16", 2, 1, PackRowsBf16, MultiplyStrips<Bf16Bf16>}},
+        {{}, {"avx512_bf16", 1, RowBytesBf16, PackRowsBf16, MultiplyStrips<Bf16Bf16>}},
         {},
         {},
     },

@@ -1,10 +1,12 @@
-// AVX-512 with VBMI2 but without BF16 (Ice Lake, Tiger Lake, Rocket Lake): bf16 weights are expanded as words and
-// become two fp32 rows by a shift and a mask.
+// AVX-512 with VBMI2 and VNNI but without BF16 (Ice Lake, Tiger Lake, Rocket Lake; int8 and int4 everywhere): bf16
+// weights are expanded as words and become two fp32 rows by a shift and a mask.
 //
 // A row of 32 bf16 weights: kmovd (port 5), vpexpandw (2 x port 5), a shift, an and, popcnt; then two FMAs per row of
 // X. fp32 weights have nothing to gain from VBMI2: the table entry is avx512's.
 #include "kernels/avx512_vec.h"
+#include "kernels/expand_vbmi2.h"
 #include "kernels/pack_rows.h"
+#include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
 
 namespace sparamx {
@@ -41,17 +43,45 @@ struct Vbmi2Bf16 : Avx512Base {
   }
 };
 
+struct Vbmi2Quantized : Avx512Base {
+  using IntVec = __m512i;
+  using Weight = __m512i;
+  static constexpr bool kStoredCodes = true;
+  static constexpr size_t kDirectRows = 8;
+  static constexpr size_t kBlockRows = 6;
+
+  static SPARAMX_INLINE IntVec ZeroInt() { return _mm512_setzero_si512(); }
+  static SPARAMX_INLINE IntVec StartInt(int32_t v) { return _mm512_set1_epi32(v); }
+  static SPARAMX_INLINE IntVec AddInt(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
+  static SPARAMX_INLINE Weight Weights(const uint8_t* tile, int row) { return _mm512_load_si512(tile + row * 64); }
+  static SPARAMX_INLINE IntVec Dot(IntVec sum, Weight w, const uint8_t* x) {
+    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(LoadInt(x)));
+  }
+  static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
+    if (fp16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_loadu_ps(p);
+  }
+  static SPARAMX_INLINE Vec Flush(Vec sum, IntVec ints, Vec scales, float x_scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints), _mm512_mul_ps(scales, _mm512_set1_ps(x_scale)), sum);
+  }
+
+  template <bool Int4, bool Sparse>
+  static SPARAMX_INLINE void Expand(QuantizedCursor* cursor, uint8_t* out) {
+    ExpandCodes<Int4, Sparse>(cursor, out);
+  }
+};
+
 }  // namespace
 
 const Level kAvx512Vbmi2Level = {
     "avx512_vbmi2",
-    kAvx2 | kAvx512 | kAvx512Vbmi2,
+    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni,
     {
         {},
-        {{"avx512_vbmi2", 4, 1, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>},
-         {"avx512_vbmi2", 4, 1, PackRowsRounded, MultiplyStrips<Vbmi2Bf16>}},
-        {},
-        {},
+        {{"avx512_vbmi2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>},
+         {"avx512_vbmi2", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Vbmi2Bf16>}},
+        {{}, {}, {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, false>}},
+        {{}, {}, {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, true>}},
     },
     FinishRows,
 };

@@ -13,9 +13,10 @@ namespace sparamx {
 enum class Epilogue : uint8_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 constexpr int kEpilogues = 5;
 
-// What the products see of X. kBf16 rounds to nearest even with denormals as zero.
-enum class Activations : uint8_t { kFp32 = 0, kBf16 = 1 };
-constexpr int kActivationTypes = 2;
+// What the products see of X. kBf16 rounds to nearest even with denormals as zero; kInt8 quantizes every row (int8
+// weights) or every group of a row (int4 weights) to [-127, 127].
+enum class Activations : uint8_t { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
+constexpr int kActivationTypes = 3;
 
 // A rectangle of Y: some strips of columns, some rows, over some runs of K.
 struct MatMulJob {
@@ -33,11 +34,12 @@ struct MatMulJob {
 };
 
 struct Kernel {
-  const char* path;        // as reports name it, e.g. "avx512_bf16"; null: this level lacks the combination
-  size_t x_element_bytes;  // of one packed activation
-  size_t x_row_multiple;   // multiply may read packed rows up to this multiple
-  // Packs rows [0, rows) of X[rows, k] to out, padded with zeros to padded_k elements a row.
-  void (*pack_rows)(const float* x, size_t rows, size_t k, size_t padded_k, void* out, size_t out_row_bytes);
+  const char* path;       // as reports name it, e.g. "avx512_bf16"; null: this level lacks the combination
+  size_t x_row_multiple;  // multiply may read packed rows up to this multiple
+  // Bytes of a packed row of X for these weights.
+  size_t (*x_row_bytes)(const PackedView& weights);
+  // Packs rows [0, rows) of X[rows, K] to out, padded with zeros to whole tiles.
+  void (*pack_rows)(const PackedView& weights, const float* x, size_t rows, void* out, size_t out_row_bytes);
   void (*multiply)(const MatMulJob& job);
 };
 

@@ -28,6 +28,7 @@ constexpr size_t kAnyRows = ~static_cast<size_t>(0);
 //  - With AMX there is no rule: even one row runs faster through the tiles, which leave the vector ports to the
 //  expansion.
 const Rule kRules[] = {
+    {&kAmxLevel, Vendor::kAny, WeightType::kInt4, Activations::kInt8, 1, 8, &kAvx512Vbmi2Level},
     {&kAvx512Bf16Level, Vendor::kIntel, WeightType::kBf16, Activations::kBf16, 1, kAnyRows, &kAvx512Vbmi2Level},
 };
 
@@ -69,6 +70,11 @@ std::string KernelsJson(const Level& level, bool forced, WeightType type, Activa
 
 }  // namespace
 
+Activations DefaultActivations(WeightType type) {
+  if (type == WeightType::kFp32) return Activations::kFp32;
+  return type == WeightType::kBf16 ? Activations::kBf16 : Activations::kInt8;
+}
+
 const Kernel* FindKernel(const Level& level, WeightType type, Activations activations) {
   const auto& levels = Levels();
   size_t i = levels.size();
@@ -106,9 +112,12 @@ std::string CpuInfoJson() {
                                     : forced     ? "SPARAMX_ISA asks for it"
                                                  : "the highest level that this CPU runs");
   json += ", \"kernels\": {";
-  if (status.ok())
-    json += "\"fp32\": " + KernelsJson(*level, forced, WeightType::kFp32, Activations::kFp32) +
-            ", \"bf16\": " + KernelsJson(*level, forced, WeightType::kBf16, Activations::kBf16);
+  constexpr const char* kTypeNames[kWeightTypes] = {"fp32", "bf16", "int8", "int4"};
+  for (int t = 0; status.ok() && t < kWeightTypes; ++t) {
+    const auto type = static_cast<WeightType>(t);
+    json +=
+        (t ? ", " : "") + Quoted(kTypeNames[t]) + ": " + KernelsJson(*level, forced, type, DefaultActivations(type));
+  }
   return json + "}}";
 }
 

@@ -22,6 +22,8 @@ constexpr size_t kPassBytes = 1152 * 1024;
 constexpr uint64_t kRowsPerByte = 4;
 // Strips are handed out in pairs, as the register blocks of larger M take them.
 constexpr size_t kStripStep = 2;
+// Weights along K whose int8 products an int32 surely holds: 127 * 127 * 2^17 < 2^31.
+constexpr size_t kMaxIntegerK = 128 * 1024;
 // Activations above which packing them is shared among threads.
 constexpr size_t kSerialPackElements = 32 * 1024;
 
@@ -43,7 +45,6 @@ struct MatMul::Split {
 // How the rows of X lie for a kernel: packed into scratch, or X itself where the kernel takes it as it is.
 struct MatMul::PackedX {
   bool in_place;
-  size_t padded_k;
   size_t row_bytes;
   size_t bytes;  // of scratch
 };
@@ -53,10 +54,9 @@ Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& opti
   if (!status.ok()) return status;
   status = ChooseLevel(options.isa, &level_, &forced_level_);
   if (!status.ok()) return status;
-  const Activations by_default = weights_.type == WeightType::kFp32 ? Activations::kFp32 : Activations::kBf16;
-  activations_ = options.default_activations ? by_default : options.activations;
+  activations_ = options.default_activations ? DefaultActivations(weights_.type) : options.activations;
   if (FindKernel(*level_, weights_.type, activations_) == nullptr)
-    return Status::Invalid("fp32 weights take fp32 activations only");
+    return Status::Invalid("its weight type does not go with these activations");
   epilogue_ = options.epilogue;
   return {};
 }
@@ -67,11 +67,10 @@ const Kernel& MatMul::KernelFor(size_t rows) const {
 
 MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
   const Kernel& kernel = KernelFor(rows);
-  const size_t padded_k = weights_.tiles * TileK(weights_.type);
-  if (activations_ == Activations::kFp32 && padded_k == weights_.k)
-    return {true, padded_k, weights_.k * sizeof(float), 0};
-  const size_t row_bytes = PowerOfTwoStride(RoundUp(padded_k * kernel.x_element_bytes, 64));
-  return {false, padded_k, row_bytes, RoundUp(RoundUp(rows, kernel.x_row_multiple) * row_bytes, 64)};
+  const bool whole_tiles = weights_.k % TileK(weights_.type) == 0;
+  if (activations_ == Activations::kFp32 && whole_tiles) return {true, weights_.k * sizeof(float), 0};
+  const size_t row_bytes = PowerOfTwoStride(RoundUp(kernel.x_row_bytes(weights_), 64));
+  return {false, row_bytes, RoundUp(rows, kernel.x_row_multiple) * row_bytes};
 }
 
 // Depends on the shape alone, so that neither threads nor values change the order of summation.
@@ -82,7 +81,9 @@ MatMul::Split MatMul::SplitFor(size_t rows) const {
   split.passes = CeilDiv(rows, most_rows);
   split.pass_rows = std::min(rows, RoundUp(CeilDiv(rows, split.passes), KernelFor(rows).x_row_multiple));
   split.passes = CeilDiv(rows, split.pass_rows);
-  const uint64_t bytes = static_cast<uint64_t>(weights_.strips) * weights_.tiles * kTileRows * kTileRowBytes / 2;
+  const uint64_t bytes =
+      ValueBytes(weights_.type, static_cast<uint64_t>(weights_.strips) * weights_.tiles * TileWeights(weights_.type)) /
+      2;
   const uint64_t work = bytes * (1 + split.pass_rows / kRowsPerByte);
   const size_t wanted = static_cast<size_t>(std::min<uint64_t>(kMaxItems, std::max<uint64_t>(1, work / kItemBytes)));
   const size_t most = std::max<size_t>(1, CeilDiv(weights_.strips, kStripStep));
@@ -91,6 +92,7 @@ MatMul::Split MatMul::SplitFor(size_t rows) const {
     const size_t parts = std::min(weights_.runs, CeilDiv(wanted, most));
     split.k_parts = std::max<size_t>(1, parts);
   }
+  if (weights_.type == WeightType::kInt8) split.k_parts = std::max(split.k_parts, CeilDiv(weights_.k, kMaxIntegerK));
   return split;
 }
 
@@ -132,14 +134,14 @@ struct Call {
   size_t total_rows, passes, pass_rows, strip_items, k_parts;
   size_t partial_floats;  // per K part
   const float* x;
-  size_t k, padded_k, pack_rows;
+  size_t pack_rows;
 };
 
 void PackItem(void* user, size_t item) {
   const Call& c = *static_cast<const Call*>(user);
   const size_t first = item * c.pack_rows, rows = std::min(c.pack_rows, c.total_rows - first);
   uint8_t* out = static_cast<uint8_t*>(const_cast<void*>(c.job.x)) + first * c.job.x_row_bytes;
-  c.kernel->pack_rows(c.x + first * c.k, rows, c.k, c.padded_k, out, c.job.x_row_bytes);
+  c.kernel->pack_rows(*c.job.weights, c.x + first * c.job.weights->k, rows, out, c.job.x_row_bytes);
 }
 
 void MultiplyItem(void* user, size_t item) {
@@ -178,8 +180,6 @@ void MatMul::Run(const float* x, size_t rows, const float* bias, float* y, void*
   c.strip_items = split.strip_items;
   c.k_parts = split.k_parts;
   c.x = x;
-  c.k = weights_.k;
-  c.padded_k = packed.padded_k;
   c.job.weights = &weights_;
   c.job.x = packed.in_place ? static_cast<const void*>(x) : scratch;
   c.job.x_row_bytes = packed.row_bytes;
@@ -194,7 +194,7 @@ void MatMul::Run(const float* x, size_t rows, const float* bias, float* y, void*
     parallel.run(parallel.host, count, body, &c);
   };
   if (!packed.in_place) {
-    c.pack_rows = rows * c.k <= kSerialPackElements ? rows : std::max<size_t>(1, CeilDiv(kSerialPackElements, c.k));
+    c.pack_rows = std::min(rows, std::max<size_t>(1, CeilDiv(kSerialPackElements, weights_.k)));
     run(CeilDiv(rows, c.pack_rows), PackItem);
     const size_t used = rows * packed.row_bytes;
     std::memset(static_cast<uint8_t*>(scratch) + used, 0, packed.bytes - used);

@@ -1,0 +1,114 @@
+#include "format/quantize.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "format/number.h"
+#include "format/stage.h"
+
+namespace sparamx {
+namespace internal {
+namespace {
+
+float Rounded(float scale, ScaleType type) {
+  return type == ScaleType::kFp16 ? FloatFromFp16(Fp16FromFloat(scale)) : scale;
+}
+
+// Candidates for an int4 scale, as multiples of the weight of largest magnitude, sign included. -1/8 uses the whole
+// range; 1/7 is the symmetric choice; the rest clip the largest weight a little for the sake of the others.
+constexpr float kInt4Candidates[] = {-1 / 8.0f, -1 / 7.8f, -1 / 7.55f, -1 / 8.3f,
+                                     -1 / 8.6f, -1 / 9.0f, 1 / 7.0f,   1 / 7.4f};
+
+// For 16 columns at once, of which the compiler makes vector code.
+struct Columns {
+  float v[kStripColumns];
+};
+
+void AddErrors(const Stage& stage, size_t column, size_t k0, size_t k1, const Columns& scale, Columns* error) {
+  Columns sum = {};
+  for (size_t k = k0; k < k1; ++k) {
+    for (size_t n = 0; n < kStripColumns; ++n) {
+      const float w = stage.w[k][column + n];
+      const float ratio = RoundToInteger(w / scale.v[n]);
+      const float code = ratio < -8.0f ? -8.0f : ratio > 7.0f ? 7.0f : ratio;
+      const float difference = w - code * scale.v[n];
+      sum.v[n] += difference * difference;
+    }
+  }
+  *error = sum;
+}
+
+// The scales of one group of K of one strip.
+void Int4GroupScales(const Stage& stage, size_t column, size_t k0, size_t k1, ScaleType type, float* scales) {
+  Columns largest = {};
+  for (size_t k = k0; k < k1; ++k)
+    for (size_t n = 0; n < kStripColumns; ++n) {
+      const float w = stage.w[k][column + n];
+      largest.v[n] = std::fabs(w) > std::fabs(largest.v[n]) ? w : largest.v[n];
+    }
+  Columns best_error;
+  for (size_t n = 0; n < kStripColumns; ++n) {
+    best_error.v[n] = INFINITY;
+    scales[n] = 0.0f;
+  }
+  for (const float candidate : kInt4Candidates) {
+    Columns rounded, divisor, error;
+    for (size_t n = 0; n < kStripColumns; ++n) {
+      rounded.v[n] = Rounded(largest.v[n] * candidate, type);
+      divisor.v[n] = rounded.v[n] == 0.0f ? 1.0f : rounded.v[n];
+    }
+    AddErrors(stage, column, k0, k1, divisor, &error);
+    for (size_t n = 0; n < kStripColumns; ++n) {
+      const bool better = rounded.v[n] != 0.0f && error.v[n] < best_error.v[n];
+      best_error.v[n] = better ? error.v[n] : best_error.v[n];
+      scales[n] = better ? rounded.v[n] : scales[n];
+    }
+  }
+}
+
+}  // namespace
+
+int QuantizeInt8(float weight, float scale) {
+  if (scale == 0.0f) return 0;
+  const float code = RoundToInteger(weight / scale);
+  return static_cast<int>(std::min(127.0f, std::max(-127.0f, code)));
+}
+
+int QuantizeInt4(float weight, float scale) {
+  if (scale == 0.0f) return 0;
+  const float code = RoundToInteger(weight / scale);
+  return static_cast<int>(std::min(7.0f, std::max(-8.0f, code)));
+}
+
+Status ComputeScales(const SourceMatrix& source, const PackedView& g, unsigned threads, std::vector<float>* scales) {
+  scales->assign(g.strips * g.groups * kStripColumns, 0.0f);
+  if (g.groups == 0) return {};
+  std::atomic<bool> finite{true};
+  ForEachRun(source, g, threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
+    const size_t k0 = run * kRunK, rows = std::min<size_t>(kRunK, g.k - k0);
+    Columns largest = {};
+    for (size_t k = 0; k < rows; ++k)
+      for (size_t n = 0; n < kStripColumns; ++n) {
+        const float magnitude = std::fabs(stage.w[k][column + n]);
+        largest.v[n] = largest.v[n] >= magnitude ? largest.v[n] : magnitude;  // an undefined weight stays
+      }
+    for (const float v : largest.v)
+      if (!std::isfinite(v)) finite = false;
+    float* out = &(*scales)[strip * g.groups * kStripColumns];
+    if (g.type == WeightType::kInt8) {
+      for (size_t n = 0; n < kStripColumns; ++n) out[n] = std::max(out[n], largest.v[n] / 127.0f);
+      return;
+    }
+    for (size_t k = 0; k < rows; k += g.group_size)
+      Int4GroupScales(stage, column, k, std::min<size_t>(rows, k + g.group_size), g.scale_type,
+                      out + (k0 + k) / g.group_size * kStripColumns);
+  });
+  if (!finite) return Status::Invalid("it has weights that are not finite, which int8 and int4 cannot hold");
+  for (const float s : *scales)
+    if (!std::isfinite(s)) return Status::Invalid("its weights are too large for fp16 scales: take fp32 scales");
+  return {};
+}
+
+}  // namespace internal
+}  // namespace sparamx

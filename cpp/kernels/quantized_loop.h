@@ -1,0 +1,247 @@
+// The loops around the integer micro-kernels (int8 and int4 weights, int8 activations), one text for every vector
+// level. A kernel file supplies a struct Isa:
+//
+//   Vec, IntVec                16 float sums, 16 int32 sums
+//   kDirectRows                largest M whose sums stay in registers over all of K
+//   kBlockRows, kBlockStrips   register block for larger M
+//   kStoredCodes               the panel holds codes as stored (CodeBias above their meaning, holes too), and
+//   corrections
+//                              undo that; otherwise it holds signed numbers
+//   Expand<Int4, Sparse>(cursor, out)  expands one tile to 16 rows of 64 bytes and advances
+//   Weights(tile, row)         a row of the panel
+//   StartInt(v)                sums that begin at v
+//   Dot(sum, w, x)             sum + the 4 products of each lane with the 4 codes at x
+//   AddInt, ZeroInt
+//   Scales(p, fp16)            16 weight scales
+//   Flush(sum, ints, scales, x_scale)  sum + ints * scales * x_scale
+//
+// Products are summed as integers over a segment (a run of 512 for int8, a group for int4; both stay below 2^24, so the
+// conversion to fp32 is exact), then scaled and added in fp32.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/quantized_rows.h"
+#include "kernels/strip_loop.h"
+
+namespace sparamx {
+namespace {
+
+constexpr size_t kQuantizedTileBytes = kTileRows * kTileRowBytes;
+
+// Where the walk through the codes of a strip stands; int4 values may begin in the upper half of a byte.
+struct QuantizedCursor {
+  const uint8_t* masks;
+  const uint8_t* values;
+  size_t odd;
+};
+
+SPARAMX_INLINE QuantizedCursor QuantizedStartOf(const PackedView& w, size_t strip, size_t run) {
+  const size_t tile = strip * w.tiles + run * TilesPerRun(w.type);
+  if (w.form == Form::kDense) return {nullptr, w.values + ValueBytes(w.type, tile * TileWeights(w.type)), 0};
+  return {w.bitmap + tile * MaskBytesPerTile(w.type), w.values + ValueBytes(w.type, ValuesBefore(w, strip, run)), 0};
+}
+
+// A run of 4-bit codes begins at a whole byte.
+SPARAMX_INLINE void BeginRun(QuantizedCursor* cursor) {
+  cursor->values += cursor->odd;
+  cursor->odd = 0;
+}
+
+// What a micro-kernel needs to know of segments and scales.
+struct Segments {
+  size_t tiles;       // of a segment, where it spans whole tiles
+  size_t scale_step;  // scale groups per segment: 1 for int4, 0 for int8, whose one scale serves all
+  bool fp16;
+  QuantizedRowLayout layout;
+};
+
+SPARAMX_INLINE Segments SegmentsOf(const PackedView& w) {
+  Segments s;
+  s.layout = QuantizedLayout(w);
+  s.tiles = s.layout.segment_k < 64 ? 1 : s.layout.segment_k / 64;
+  s.scale_step = w.group_size == 0 ? 0 : 1;
+  s.fp16 = w.scale_type == ScaleType::kFp16;
+  return s;
+}
+
+SPARAMX_INLINE const uint8_t* ScalesOf(const PackedView& w, size_t strip, size_t group) {
+  return w.scales + (strip * w.groups + group) * kStripColumns * (w.scale_type == ScaleType::kFp16 ? 2 : 4);
+}
+
+SPARAMX_INLINE float LoadFloat(const uint8_t* p) {
+  float v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+SPARAMX_INLINE int32_t LoadInt(const uint8_t* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Rows x Strips outputs over some tiles, which are whole segments or the last of K. SegmentRows: tile rows of a
+// segment, 16 where it spans a tile or more. next_tile(tile, panels) says where the expanded tiles are.
+template <class Isa, int SegmentRows, int Rows, int Strips, class NextTile>
+SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments, size_t strip, size_t first,
+                                  size_t last, const uint8_t* x, typename Isa::Vec (&sums)[Rows][Strips],
+                                  NextTile&& next_tile) {
+  constexpr int kChains = Rows * Strips == 1 ? 4 : Rows * Strips <= 3 ? 2 : 1;
+  const PackedView& w = *job.weights;
+  typename Isa::IntVec ints[Rows][Strips][kChains];
+  for (int m = 0; m < Rows; ++m)
+    for (int s = 0; s < Strips; ++s)
+      for (int c = 0; c < kChains; ++c) ints[m][s][c] = Isa::ZeroInt();
+  const uint8_t* codes = x + first * 64;
+  size_t segment = first * (16 / SegmentRows) / segments.tiles;
+  for (size_t tile = first; tile < last; ++tile) {
+    const uint8_t* panels[Strips];
+    next_tile(tile, panels);
+#pragma GCC unroll 4
+    for (int part = 0; part < 16 / SegmentRows; ++part) {
+#pragma GCC unroll 16
+      for (int r = 0; r < SegmentRows; ++r) {
+        const int row = part * SegmentRows + r;
+        typename Isa::Weight weights[Strips];
+        for (int s = 0; s < Strips; ++s) weights[s] = Isa::Weights(panels[s], row);
+#pragma GCC unroll 16
+        for (int m = 0; m < Rows; ++m)
+          for (int s = 0; s < Strips; ++s)
+            ints[m][s][r % kChains] =
+                Isa::Dot(ints[m][s][r % kChains], weights[s], codes + m * job.x_row_bytes + row * 4);
+      }
+      if (SegmentRows == 16 && (tile + 1) % segments.tiles != 0 && tile + 1 < last) continue;
+      // Padding can open a segment past K: there is nothing in it.
+      if (segment < segments.layout.segments) {
+        typename Isa::Vec scales[Strips];
+        for (int s = 0; s < Strips; ++s)
+          scales[s] = Isa::Scales(ScalesOf(w, strip + s, segment * segments.scale_step), segments.fp16);
+        for (int m = 0; m < Rows; ++m) {
+          const uint8_t* row = x + m * job.x_row_bytes;
+          const float x_scale = LoadFloat(row + segments.layout.scales_at + segment * segments.scale_step * 4);
+          const int32_t correction =
+              Isa::kStoredCodes ? LoadInt(row + segments.layout.corrections_at + segment * 4) : 0;
+          for (int s = 0; s < Strips; ++s) {
+            typename Isa::IntVec total = Isa::StartInt(correction);
+            for (int c = 0; c < kChains; ++c) {
+              total = Isa::AddInt(total, ints[m][s][c]);
+              ints[m][s][c] = Isa::ZeroInt();
+            }
+            sums[m][s] = Isa::Flush(sums[m][s], total, scales[s], x_scale);
+          }
+        }
+      }
+      ++segment;
+    }
+    codes += 64;
+  }
+}
+
+template <class Isa, bool Int4, bool Sparse, int SegmentRows, int Rows>
+void DirectQuantizedRows(const MatMulJob& job) {
+  const PackedView& w = *job.weights;
+  const Segments segments = SegmentsOf(w);
+  const size_t first = job.first_run * TilesPerRun(w.type), last = Min(job.last_run * TilesPerRun(w.type), w.tiles);
+  alignas(64) uint8_t buffer[kQuantizedTileBytes];
+  for (size_t strip = job.first_strip; strip < job.last_strip; ++strip) {
+    typename Isa::Vec sums[Rows][1];
+    for (int m = 0; m < Rows; ++m) sums[m][0] = Isa::Zero();
+    QuantizedCursor cursor = QuantizedStartOf(w, strip, job.first_run);
+    MultiplyTiles<Isa, SegmentRows, Rows, 1>(
+        job, segments, strip, first, last, static_cast<const uint8_t*>(job.x),
+        sums, [&](size_t tile, const uint8_t*(&panels)[1]) __attribute__((always_inline)) {
+          if (Int4 && tile % TilesPerRun(WeightType::kInt4) == 0) BeginRun(&cursor);
+          Isa::template Expand<Int4, Sparse>(&cursor, buffer);
+          panels[0] = buffer;
+        });
+    for (int m = 0; m < Rows; ++m)
+      Isa::Store(job.y + m * job.y_stride + strip * kStripColumns, ColumnsOf(w, strip), sums[m][0]);
+    FinishStrips(job, strip, 1);
+  }
+}
+
+template <class Isa, bool Int4, bool Sparse, int SegmentRows, int Rows>
+SPARAMX_INLINE void DirectQuantized(const MatMulJob& job) {
+  if constexpr (Rows > 0) {
+    if (job.rows == Rows) return DirectQuantizedRows<Isa, Int4, Sparse, SegmentRows, Rows>(job);
+    return DirectQuantized<Isa, Int4, Sparse, SegmentRows, Rows - 1>(job);
+  }
+}
+
+template <class Isa, int SegmentRows, int Strips, int Rows>
+SPARAMX_INLINE void AnyQuantizedBlock(const MatMulJob& job, const Segments& segments, size_t rows, size_t strip,
+                                      size_t m0, size_t first, size_t last, bool begin, const uint8_t* panel) {
+  if constexpr (Rows > 0) {
+    if (rows != Rows)
+      return AnyQuantizedBlock<Isa, SegmentRows, Strips, Rows - 1>(job, segments, rows, strip, m0, first, last, begin,
+                                                                   panel);
+    typename Isa::Vec sums[Rows][Strips];
+    float* y = job.y + m0 * job.y_stride + strip * kStripColumns;
+    for (int m = 0; m < Rows; ++m)
+      for (int s = 0; s < Strips; ++s)
+        sums[m][s] = begin ? Isa::Zero()
+                           : Isa::Load(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s));
+    MultiplyTiles<Isa, SegmentRows, Rows, Strips>(
+        job, segments, strip, first, last, static_cast<const uint8_t*>(job.x) + m0 * job.x_row_bytes,
+        sums, [&](size_t tile, const uint8_t*(&panels)[Strips]) __attribute__((always_inline)) {
+          for (int s = 0; s < Strips; ++s)
+            panels[s] =
+                panel + (static_cast<size_t>(s) * TilesPerRun(WeightType::kInt8) + tile - first) * kQuantizedTileBytes;
+        });
+    for (int m = 0; m < Rows; ++m)
+      for (int s = 0; s < Strips; ++s)
+        Isa::Store(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s), sums[m][s]);
+  }
+}
+
+// One run of Strips strips at a time is expanded and used by every row.
+template <class Isa, bool Int4, bool Sparse, int SegmentRows, int Strips>
+void PanelQuantizedStrips(const MatMulJob& job, size_t strip, uint8_t* panel) {
+  const PackedView& w = *job.weights;
+  const Segments segments = SegmentsOf(w);
+  constexpr size_t kTiles = TilesPerRun(WeightType::kInt8);
+  QuantizedCursor cursors[Strips];
+  for (size_t run = job.first_run; run < job.last_run; ++run) {
+    const size_t first = run * kTiles, last = Min(first + kTiles, w.tiles);
+    for (int s = 0; s < Strips; ++s) {
+      cursors[s] = QuantizedStartOf(w, strip + s, run);
+      for (size_t t = 0; t < last - first; ++t)
+        Isa::template Expand<Int4, Sparse>(&cursors[s], panel + (s * kTiles + t) * kQuantizedTileBytes);
+    }
+    for (size_t m = 0; m < job.rows; m += Isa::kBlockRows)
+      AnyQuantizedBlock<Isa, SegmentRows, Strips, Isa::kBlockRows>(job, segments, Min(Isa::kBlockRows, job.rows - m),
+                                                                   strip, m, first, last, run == job.first_run, panel);
+  }
+  FinishStrips(job, strip, Strips);
+}
+
+template <class Isa, bool Int4, bool Sparse, int SegmentRows>
+void MultiplyQuantizedRows(const MatMulJob& job) {
+  if (job.rows <= Isa::kDirectRows) return DirectQuantized<Isa, Int4, Sparse, SegmentRows, Isa::kDirectRows>(job);
+  alignas(64) uint8_t panel[Isa::kBlockStrips * TilesPerRun(WeightType::kInt8) * kQuantizedTileBytes];
+  size_t strip = job.first_strip;
+  for (; strip + Isa::kBlockStrips <= job.last_strip; strip += Isa::kBlockStrips)
+    PanelQuantizedStrips<Isa, Int4, Sparse, SegmentRows, Isa::kBlockStrips>(job, strip, panel);
+  for (; strip < job.last_strip; ++strip) PanelQuantizedStrips<Isa, Int4, Sparse, SegmentRows, 1>(job, strip, panel);
+}
+
+template <class Isa, bool Int4, bool Sparse>
+void MultiplyQuantizedForm(const MatMulJob& job) {
+  if constexpr (Int4) {
+    if (job.weights->group_size == 16) return MultiplyQuantizedRows<Isa, Int4, Sparse, 4>(job);
+    if (job.weights->group_size == 32) return MultiplyQuantizedRows<Isa, Int4, Sparse, 8>(job);
+  }
+  MultiplyQuantizedRows<Isa, Int4, Sparse, 16>(job);
+}
+
+// Kernel::multiply of a level.
+template <class Isa, bool Int4>
+void MultiplyQuantized(const MatMulJob& job) {
+  if (job.weights->form == Form::kSparse) return MultiplyQuantizedForm<Isa, Int4, true>(job);
+  MultiplyQuantizedForm<Isa, Int4, false>(job);
+}
+
+}  // namespace
+}  // namespace sparamx
