@@ -83,9 +83,9 @@ build/wheel/.built: $(VENV)/.ready $(PYTHON_SOURCES) $(CPP_SOURCES)
 	$(BIN)/wheel tags --remove --platform-tag manylinux_$(MANYLINUX)_x86_64 build/wheel/*.whl
 	@touch $@
 
+# mypy does not see that a package which it remembers has got another module, so its memory goes.
 $(VENV)/.installed: build/wheel/.built
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
-	# mypy does not see that a package which it remembers has got another module.
 	@rm -rf .mypy_cache
 	@touch $@
 
