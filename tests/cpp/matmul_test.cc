@@ -144,7 +144,8 @@ void CheckEveryLevel(const Case& c, uint32_t seed) {
           << "row " << i / c.n << " column " << i % c.n;
     for (const unsigned threads : {2u, 3u, 8u}) {
       const std::vector<float> again = Multiply(c, p, level->name, threads, &path);
-      ASSERT_TRUE(y.empty() || std::memcmp(y.data(), again.data(), y.size() * sizeof(float)) == 0) << threads << " threads";
+      ASSERT_TRUE(y.empty() || std::memcmp(y.data(), again.data(), y.size() * sizeof(float)) == 0)
+          << threads << " threads";
     }
   }
 }
