@@ -50,9 +50,9 @@ static constexpr size_t TilesPerRun(WeightType type) {
 static constexpr int CodeBias(WeightType type) {
   return type == WeightType::kInt8 ? 128 : type == WeightType::kInt4 ? 8 : 0;
 }
-// Values that a run with `count` non-zeros stores: runs of 4-bit codes begin at a byte.
-static constexpr uint64_t StoredValues(WeightType type, uint64_t count) {
-  return type == WeightType::kInt4 ? (count + 1) & ~static_cast<uint64_t>(1) : count;
+// Values that a stretch of mask words stores: rows of 4-bit codes begin at a byte, so each is rounded up to two codes.
+static constexpr uint64_t StoredValues(WeightType type, uint64_t row_count) {
+  return type == WeightType::kInt4 ? (row_count + 1) & ~static_cast<uint64_t>(1) : row_count;
 }
 // Bytes of `count` packed values.
 static constexpr uint64_t ValueBytes(WeightType type, uint64_t count) {

@@ -84,18 +84,25 @@ size_t TilesInRun(const PackedView& g, size_t run) {
   return std::min(TilesPerRun(g.type), g.tiles - run * TilesPerRun(g.type));
 }
 
+struct RunCount {
+  uint64_t nnz = 0, stored = 0;
+};
+
 template <typename Coder>
-uint64_t CountRun(const Codes<Coder>& codes, size_t rows) {
-  uint32_t count = 0;
-  for (size_t k = 0; k < rows; ++k) {
+RunCount CountRun(const Codes<Coder>& codes, size_t rows) {
+  constexpr size_t kGroup = TileGroup(Coder::kType);
+  RunCount count;
+  for (size_t k = 0; k < rows; k += kGroup) {
     uint32_t row = 0;
-    for (size_t n = 0; n < kStripColumns; ++n) row += codes.code[k][n] != Coder::kZero;
-    count += row;
+    for (size_t p = 0; p < kGroup; ++p)
+      for (size_t n = 0; n < kStripColumns; ++n) row += codes.code[k + p][n] != Coder::kZero;
+    count.nnz += row;
+    count.stored += StoredValues(Coder::kType, row);
   }
   return count;
 }
 
-// Writes codes one after the other: as they are, or two 4-bit codes a byte.
+// Writes codes one after the other: as they are, or two 4-bit codes a byte (an even count).
 void StoreCodes(WeightType type, const void* codes, size_t count, size_t code_bytes, uint8_t* out) {
   if (type != WeightType::kInt4) {
     std::memcpy(out, codes, count * code_bytes);
@@ -103,7 +110,6 @@ void StoreCodes(WeightType type, const void* codes, size_t count, size_t code_by
   }
   const auto* from = static_cast<const uint8_t*>(codes);
   for (size_t i = 0; i + 1 < count; i += 2) out[i / 2] = static_cast<uint8_t>(from[i] | from[i + 1] << 4);
-  if (count % 2 != 0) out[count / 2] = from[count - 1];
 }
 
 template <typename Coder>
@@ -111,8 +117,8 @@ void WriteSparseRun(const Codes<Coder>& codes, size_t tiles, uint8_t* masks, uin
   using Code = typename Coder::Code;
   constexpr size_t kGroup = TileGroup(Coder::kType);
   constexpr size_t kRowWeights = kStripColumns * kGroup;
-  // The run is compressed into this buffer without branches, writing one past the end: the blob has no room for that.
-  Code kept_codes[kRunK * kStripColumns + 1];
+  // The run is compressed into this buffer without branches, writing past the end: the blob has no room for that.
+  Code kept_codes[kRunK * kStripColumns + 2];
   size_t count = 0;
   for (size_t row = 0; row < tiles * kTileRows; ++row) {
     uint64_t mask = 0;
@@ -126,6 +132,8 @@ void WriteSparseRun(const Codes<Coder>& codes, size_t tiles, uint8_t* masks, uin
       }
     }
     std::memcpy(masks + row * kRowWeights / 8, &mask, kRowWeights / 8);
+    kept_codes[count] = 0;
+    count = static_cast<size_t>(StoredValues(Coder::kType, count));
   }
   // If the source changed since it was counted, stay inside this run's place: the checker will see it.
   StoreCodes(Coder::kType, kept_codes, static_cast<size_t>(std::min<uint64_t>(count, room)), sizeof(Code), values);
@@ -197,16 +205,19 @@ Status Count(const SourceMatrix& m, const PackOptions& o, Census* census) {
   internal::SetGeometry(&g);
   const Status status = internal::ComputeScales(m, g, o.threads, &census->scales);
   if (!status.ok()) return status;
-  census->offsets.assign(g.strips * g.runs + 1, 0);
+  std::vector<uint64_t> nnz(g.strips * g.runs);
+  census->offsets.assign(nnz.size() + 1, 0);
   ForEachRun(m, g, o.threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
     const size_t rows = TilesInRun(g, run) * TileK(g.type);
     const Codes<Coder> codes(*census, strip, run, stage, column, rows);
-    census->offsets[strip * g.runs + run + 1] = CountRun<Coder>(codes, rows);
+    const RunCount count = CountRun<Coder>(codes, rows);
+    nnz[strip * g.runs + run] = count.nnz;
+    census->offsets[strip * g.runs + run + 1] = count.stored;
   });
   census->nnz = 0;
-  for (size_t i = 1; i < census->offsets.size(); ++i) {
-    census->nnz += census->offsets[i];
-    census->offsets[i] = census->offsets[i - 1] + StoredValues(g.type, census->offsets[i]);
+  for (size_t i = 0; i < nnz.size(); ++i) {
+    census->nnz += nnz[i];
+    census->offsets[i + 1] += census->offsets[i];
   }
   const SectionSizes sparse =
       internal::SizesOf(o.type, Form::kSparse, o.scale_type, o.group_size, m.k, m.n, census->offsets.back());

@@ -50,6 +50,7 @@ void UnpackStrip(const PackedView& w, size_t strip, float* dense) {
   uint64_t next = strip * w.tiles * TileWeights(w.type);  // of the dense form
   for (size_t row = 0; row < w.tiles * kTileRows; ++row) {
     if (w.form == Form::kSparse && row % rows_per_run == 0) next = ValuesBefore(w, strip, row / rows_per_run);
+    if (w.type == WeightType::kInt4) next = StoredValues(w.type, next);
     for (size_t e = 0; e < row_weights; ++e) {
       const uint64_t bit = row * row_weights + e;
       const bool stored = w.form == Form::kDense || (masks[bit / 8] >> (bit % 8) & 1) != 0;

@@ -130,9 +130,17 @@ Status ReadSections(const uint8_t* blob, uint64_t blob_size, const Header& h, Se
   return {};
 }
 
-uint64_t CountBits(const uint8_t* p, size_t bytes) {
-  uint64_t count = 0;
-  for (size_t i = 0; i < bytes; i += 8) count += static_cast<uint64_t>(__builtin_popcountll(LoadU64(p + i)));
+struct MaskCount {
+  uint64_t bits = 0, stored = 0;  // stored: with the padding of int4 rows, whose masks are one word each
+};
+
+MaskCount CountMasks(WeightType type, const uint8_t* p, size_t bytes) {
+  MaskCount count;
+  for (size_t i = 0; i < bytes; i += 8) {
+    const auto bits = static_cast<uint64_t>(__builtin_popcountll(LoadU64(p + i)));
+    count.bits += bits;
+    count.stored += StoredValues(type, bits);
+  }
   return count;
 }
 
@@ -147,9 +155,9 @@ Status CheckRuns(const PackedView& w) {
                                " does not fit its bitmap");
       const size_t first = run * TilesPerRun(w.type);
       const size_t tiles = w.tiles - first < TilesPerRun(w.type) ? w.tiles - first : TilesPerRun(w.type);
-      const uint64_t count = CountBits(w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles * tile_bytes);
-      before += StoredValues(w.type, count);
-      nnz += count;
+      const MaskCount count = CountMasks(w.type, w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles * tile_bytes);
+      before += count.stored;
+      nnz += count.bits;
     }
   }
   if (ValuesBefore(w, w.strips, 0) != before || nnz != w.nnz)

@@ -61,13 +61,11 @@ class TileScope {
 // -----------------
 
 struct Bf16Tiles {
-  using Walk = Cursor;
   static constexpr size_t kMade = 1;  // tiles that one packed tile becomes
   static constexpr bool kDenseInPlace = true;
 
-  static Walk Start(const PackedView& w, size_t strip, size_t run) { return StartOf(w, strip, run); }
   template <bool Sparse>
-  static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Walk* walk, uint8_t* out) {
+  static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Cursor* walk, uint8_t* out) {
     ExpandWords<Sparse>(walk, out);
   }
 #define SPARAMX_PRODUCT(sum, x, w) _tile_dpbf16ps(sum, x, w)
@@ -90,13 +88,11 @@ struct Bf16Tiles {
 };
 
 struct Int8Tiles {
-  using Walk = QuantizedCursor;
   static constexpr size_t kMade = 1;
   static constexpr bool kDenseInPlace = true;
 
-  static Walk Start(const PackedView& w, size_t strip, size_t run) { return QuantizedStartOf(w, strip, run); }
   template <bool Sparse>
-  static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Walk* walk, uint8_t* out) {
+  static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Cursor* walk, uint8_t* out) {
     ExpandCodes<false, Sparse>(walk, out);
   }
 #define SPARAMX_PRODUCT(sum, x, w) _tile_dpbsud(sum, x, w)
@@ -128,11 +124,8 @@ struct Int8Tiles {
 };
 
 struct Int4Tiles {
-  using Walk = QuantizedCursor;
   static constexpr size_t kMade = 2;
   static constexpr bool kDenseInPlace = false;
-
-  static Walk Start(const PackedView& w, size_t strip, size_t run) { return QuantizedStartOf(w, strip, run); }
 
   // 32 bf16 of one row: pairs of neighbours along K, column after column.
   static SPARAMX_INLINE void StorePairs(uint8_t* out, __m512 even, __m512 odd) {
@@ -146,9 +139,8 @@ struct Int4Tiles {
 
   // Packed tile `tile` of a strip as two bf16 tiles.
   template <bool Sparse>
-  static SPARAMX_INLINE void Expand(const PackedView& w, size_t strip, size_t tile, Walk* walk, uint8_t* out) {
+  static SPARAMX_INLINE void Expand(const PackedView& w, size_t strip, size_t tile, Cursor* walk, uint8_t* out) {
     alignas(64) uint8_t codes[kTileBytes];
-    if (tile % TilesPerRun(WeightType::kInt4) == 0) BeginRun(walk);
     ExpandCodes<true, Sparse>(walk, codes);
     const __m512i byte = _mm512_set1_epi32(255);
     const size_t group_rows = Min(w.group_size / 4, 16);
@@ -259,7 +251,7 @@ class Feed {
 
   Feed(const MatMulJob& job, size_t strip, size_t first) : weights_(*job.weights), strip_(strip) {
     for (int s = 0; s < Strips; ++s) {
-      walks_[s] = Kind::Start(weights_, strip + s, job.first_run);
+      walks_[s] = StartOf(weights_, strip + s, job.first_run);
       next_[s] = first;
     }
   }
@@ -272,7 +264,7 @@ class Feed {
  private:
   const PackedView& weights_;
   size_t strip_;
-  typename Kind::Walk walks_[Strips];
+  Cursor walks_[Strips];
   size_t next_[Strips];
 };
 

@@ -159,6 +159,8 @@ struct Avx2Quantized : Avx2Base {
     __m256i low, high;
   };
   using Weight = IntVec;
+  template <bool Int4, bool Sparse>
+  using Stream = TileStream<Avx2Quantized, Int4, Sparse>;
   static constexpr bool kStoredCodes = false;
   static constexpr size_t kDirectRows = 2;
   static constexpr size_t kBlockRows = 2;
@@ -205,7 +207,7 @@ struct Avx2Quantized : Avx2Base {
     return middle + __builtin_popcount(second);
   }
 
-  // `count` codes, beginning at nibble `odd` of `values`, as signed bytes; may write up to 63 more.
+  // `count` codes as signed bytes; may write up to 31 more.
   static SPARAMX_INLINE void Widen(const uint8_t* values, size_t count, uint8_t* out) {
     const __m256i low = _mm256_set1_epi8(15), bias = _mm256_set1_epi8(8);
     for (size_t i = 0; i < count; i += 32) {
@@ -216,7 +218,7 @@ struct Avx2Quantized : Avx2Base {
   }
 
   template <bool Int4, bool Sparse>
-  static void Expand(QuantizedCursor* cursor, uint8_t* out) {
+  static void Expand(Cursor* cursor, uint8_t* out) {
     if (!Sparse) {
       if (Int4) {
         Widen(cursor->values, 1024, out);
@@ -230,27 +232,27 @@ struct Avx2Quantized : Avx2Base {
       cursor->values += Int4 ? 512 : 1024;
       return;
     }
-    alignas(32) uint8_t bytes[1024 + 128];
-    size_t count = 0;
-    for (size_t i = 0; i < 128; i += 8) count += static_cast<size_t>(__builtin_popcountll(LoadU64(cursor->masks + i)));
-    const uint8_t* next = bytes;
-    if (Int4) {
-      Widen(cursor->values, count + 1, bytes);
-      next += cursor->odd;
-      const size_t passed = count + cursor->odd;
-      cursor->values += passed / 2;
-      cursor->odd = passed % 2;
-    } else {
-      const __m256i bias = _mm256_set1_epi8(-128);
-      for (size_t i = 0; i < count; i += 32)
-        _mm256_store_si256(
-            reinterpret_cast<__m256i*>(bytes + i),
-            _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cursor->values + i)), bias));
-      cursor->values += count;
-    }
-    Prefetch(cursor->values + kPrefetchBytes);
     Prefetch(cursor->masks + kPrefetchBytes / 2);
-    for (size_t i = 0; i < 128; i += 2) next = Spread(next, cursor->masks + i, out + 8 * i);
+    Prefetch(cursor->masks + kPrefetchBytes / 2 + 64);
+    alignas(32) uint8_t bytes[64 + 32];
+    for (size_t row = 0; row < 16; ++row) {
+      const uint8_t* masks = cursor->masks + 8 * row;
+      const auto count = static_cast<size_t>(__builtin_popcountll(LoadU64(masks)));
+      if (row % 4 == 0) Prefetch(cursor->values + kPrefetchBytes);
+      if (Int4) {
+        Widen(cursor->values, count, bytes);
+        cursor->values += (count + 1) / 2;
+      } else {
+        const __m256i bias = _mm256_set1_epi8(-128);
+        for (size_t i = 0; i < 64; i += 32)
+          _mm256_store_si256(
+              reinterpret_cast<__m256i*>(bytes + i),
+              _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cursor->values + i)), bias));
+        cursor->values += count;
+      }
+      const uint8_t* next = bytes;
+      for (size_t i = 0; i < 8; i += 2) next = Spread(next, masks + i, out + 64 * row + 8 * i);
+    }
     cursor->masks += 128;
   }
 };

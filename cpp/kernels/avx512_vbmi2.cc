@@ -46,8 +46,10 @@ struct Vbmi2Bf16 : Avx512Base {
 struct Vbmi2Quantized : Avx512Base {
   using IntVec = __m512i;
   using Weight = __m512i;
+  template <bool Int4, bool Sparse>
+  using Stream = CodeStream<Int4, Sparse>;
   static constexpr bool kStoredCodes = true;
-  static constexpr size_t kDirectRows = 8;
+  static constexpr size_t kDirectRows = 4;
   static constexpr size_t kBlockRows = 6;
 
   static SPARAMX_INLINE IntVec ZeroInt() { return _mm512_setzero_si512(); }
@@ -66,7 +68,7 @@ struct Vbmi2Quantized : Avx512Base {
   }
 
   template <bool Int4, bool Sparse>
-  static SPARAMX_INLINE void Expand(QuantizedCursor* cursor, uint8_t* out) {
+  static SPARAMX_INLINE void Expand(Cursor* cursor, uint8_t* out) {
     ExpandCodes<Int4, Sparse>(cursor, out);
   }
 };

@@ -40,55 +40,56 @@ SPARAMX_INLINE void ExpandWords(Cursor* cursor, uint8_t* out) {
   cursor->values = values;
 }
 
-// `count` 4-bit codes as bytes; reads whole 32 bytes and may write up to 63 bytes more.
-SPARAMX_INLINE void WidenNibbles(const uint8_t* values, size_t count, uint8_t* out) {
-  const __m512i low = _mm512_set1_epi8(15);
-  for (size_t i = 0; i < count; i += 64) {
-    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i / 2)));
-    // (words | words << 4) & 15: the low nibble to the low byte, the high one to the high byte.
-    _mm512_storeu_si512(out + i, _mm512_ternarylogic_epi32(words, _mm512_slli_epi16(words, 4), low, 0xa8));
-  }
+// 64 codes of 4 bits as bytes.
+SPARAMX_INLINE __m512i WidenNibbles(const uint8_t* values) {
+  const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+  // (words | words << 4) & 15: the low nibble to the low byte, the high one to the high byte.
+  return _mm512_ternarylogic_epi32(words, _mm512_slli_epi16(words, 4), _mm512_set1_epi8(15), 0xa8);
 }
 
-// 8-bit or 4-bit codes as stored, one a byte, with the code of zero in the holes.
+// The rows of a strip of 8-bit or 4-bit codes as stored, one a byte, with the code of zero in the holes.
 template <bool Int4, bool Sparse>
-SPARAMX_INLINE void ExpandCodes(QuantizedCursor* cursor, uint8_t* out) {
-  if (!Sparse) {
-    if (Int4) {
-      WidenNibbles(cursor->values, 1024, out);
-    } else {
-#pragma GCC unroll 16
-      for (int row = 0; row < 16; ++row)
-        _mm512_store_si512(out + row * 64, _mm512_loadu_si512(cursor->values + row * 64));
+class CodeStream {
+ public:
+  explicit CodeStream(const Cursor& start) : cursor_(start) {}
+
+  SPARAMX_INLINE void BeginTile() {
+    if (!Sparse) return;
+    Prefetch(cursor_.masks + kPrefetchBytes / 4);
+    Prefetch(cursor_.masks + kPrefetchBytes / 4 + 64);
+  }
+
+  // The next row; `row` is its number in the tile.
+  SPARAMX_INLINE __m512i Row(int row) {
+    const uint8_t* values = cursor_.values;
+    if (row % (Int4 ? 4 : 2) == 0) Prefetch(values + kPrefetchBytes);
+    const __m512i codes = Int4 ? WidenNibbles(values) : _mm512_loadu_si512(values);
+    if (!Sparse) {
+      cursor_.values = values + (Int4 ? 32 : 64);
+      return codes;
     }
-    for (size_t i = 0; i < (Int4 ? 512 : 1024); i += 64) Prefetch(cursor->values + kPrefetchBytes + i);
-    cursor->values += Int4 ? 512 : 1024;
-    return;
+    const uint64_t mask = LoadU64(cursor_.masks);
+    const auto count = static_cast<size_t>(__builtin_popcountll(mask));
+    cursor_.masks += 8;
+    cursor_.values = values + (Int4 ? (count + 1) / 2 : count);
+    const __m512i holes = _mm512_set1_epi8(static_cast<char>(CodeBias(Int4 ? WeightType::kInt4 : WeightType::kInt8)));
+    return _mm512_mask_expand_epi8(holes, mask, codes);
   }
-  alignas(64) uint8_t widened[1024 + 128];
-  const uint8_t* values = cursor->values;
-  Prefetch(cursor->masks + kPrefetchBytes / 4);
-  Prefetch(cursor->masks + kPrefetchBytes / 4 + 64);
-  if (Int4) {
-    size_t count = cursor->odd;
+
+  const Cursor& cursor() const { return cursor_; }
+
+ private:
+  Cursor cursor_;
+};
+
+// A tile of such rows in memory.
+template <bool Int4, bool Sparse>
+SPARAMX_INLINE void ExpandCodes(Cursor* cursor, uint8_t* out) {
+  CodeStream<Int4, Sparse> stream(*cursor);
+  stream.BeginTile();
 #pragma GCC unroll 16
-    for (size_t i = 0; i < 128; i += 8) count += static_cast<size_t>(__builtin_popcountll(LoadU64(cursor->masks + i)));
-    WidenNibbles(cursor->values, count, widened);
-    values = widened + cursor->odd;
-    for (size_t i = 0; i < count / 2; i += 64) Prefetch(cursor->values + kPrefetchBytes + i);
-    cursor->values += count / 2;
-    cursor->odd = count % 2;
-  }
-  const __m512i holes = _mm512_set1_epi8(static_cast<char>(CodeBias(Int4 ? WeightType::kInt4 : WeightType::kInt8)));
-#pragma GCC unroll 16
-  for (int row = 0; row < 16; ++row) {
-    const uint64_t mask = LoadU64(cursor->masks + 8 * row);
-    _mm512_store_si512(out + row * 64, _mm512_mask_expand_epi8(holes, mask, _mm512_loadu_si512(values)));
-    if (!Int4 && row % 2 == 0) Prefetch(values + kPrefetchBytes);
-    values += __builtin_popcountll(mask);
-  }
-  cursor->masks += 128;
-  if (!Int4) cursor->values = values;
+  for (int row = 0; row < 16; ++row) _mm512_store_si512(out + row * 64, stream.Row(row));
+  *cursor = stream.cursor();
 }
 
 }  // namespace

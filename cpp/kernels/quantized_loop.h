@@ -9,6 +9,7 @@
 //                              undo that; otherwise it holds signed numbers
 //   Expand<Int4, Sparse>(cursor, out)  expands one tile to 16 rows of 64 bytes and advances
 //   Weights(tile, row)         a row of the panel
+//   Stream<Int4, Sparse>       the rows of a strip, one after the other, for the direct way: BeginTile(), Row(row)
 //   StartInt(v)                sums that begin at v
 //   Dot(sum, w, x)             sum + the 4 products of each lane with the 4 codes at x
 //   AddInt, ZeroInt
@@ -29,25 +30,6 @@ namespace sparamx {
 namespace {
 
 constexpr size_t kQuantizedTileBytes = kTileRows * kTileRowBytes;
-
-// Where the walk through the codes of a strip stands; int4 values may begin in the upper half of a byte.
-struct QuantizedCursor {
-  const uint8_t* masks;
-  const uint8_t* values;
-  size_t odd;
-};
-
-SPARAMX_INLINE QuantizedCursor QuantizedStartOf(const PackedView& w, size_t strip, size_t run) {
-  const size_t tile = strip * w.tiles + run * TilesPerRun(w.type);
-  if (w.form == Form::kDense) return {nullptr, w.values + ValueBytes(w.type, tile * TileWeights(w.type)), 0};
-  return {w.bitmap + tile * MaskBytesPerTile(w.type), w.values + ValueBytes(w.type, ValuesBefore(w, strip, run)), 0};
-}
-
-// A run of 4-bit codes begins at a whole byte.
-SPARAMX_INLINE void BeginRun(QuantizedCursor* cursor) {
-  cursor->values += cursor->odd;
-  cursor->odd = 0;
-}
 
 // What a micro-kernel needs to know of segments and scales.
 struct Segments {
@@ -82,12 +64,41 @@ SPARAMX_INLINE int32_t LoadInt(const uint8_t* p) {
   return v;
 }
 
+// A Stream for levels that expand whole tiles at a time.
+template <class Isa, bool Int4, bool Sparse>
+struct TileStream {
+  Cursor cursor;
+  alignas(64) uint8_t tile[kQuantizedTileBytes];
+
+  explicit TileStream(const Cursor& start) : cursor(start) {}
+  SPARAMX_INLINE void BeginTile() { Isa::template Expand<Int4, Sparse>(&cursor, tile); }
+  SPARAMX_INLINE typename Isa::Weight Row(int row) const { return Isa::Weights(tile, row); }
+};
+
+// Where the weights of one strip come from, one tile after the other: a stream.
+template <class Stream>
+struct OneStrip {
+  Stream stream;
+  SPARAMX_INLINE void BeginTile() { stream.BeginTile(); }
+  SPARAMX_INLINE auto Row(int row, int) { return stream.Row(row); }
+};
+
+// Where the weights of several strips come from: a panel that is expanded already.
+template <class Isa>
+struct PanelRows {
+  const uint8_t* tile;
+  static constexpr size_t kStripBytes = TilesPerRun(WeightType::kInt8) * kQuantizedTileBytes;
+
+  SPARAMX_INLINE void BeginTile() { tile += kQuantizedTileBytes; }
+  SPARAMX_INLINE typename Isa::Weight Row(int row, int s) const { return Isa::Weights(tile + s * kStripBytes, row); }
+};
+
 // Rows x Strips outputs over some tiles, which are whole segments or the last of K. SegmentRows: tile rows of a
-// segment, 16 where it spans a tile or more. next_tile(tile, panels) says where the expanded tiles are.
-template <class Isa, int SegmentRows, int Rows, int Strips, class NextTile>
+// segment, 16 where it spans a tile or more.
+template <class Isa, int SegmentRows, int Rows, int Strips, class Source>
 SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments, size_t strip, size_t first,
                                   size_t last, const uint8_t* x, typename Isa::Vec (&sums)[Rows][Strips],
-                                  NextTile&& next_tile) {
+                                  Source& source) {
   constexpr int kChains = Rows * Strips == 1 ? 4 : Rows * Strips <= 3 ? 2 : 1;
   const PackedView& w = *job.weights;
   typename Isa::IntVec ints[Rows][Strips][kChains];
@@ -97,15 +108,14 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
   const uint8_t* codes = x + first * 64;
   size_t segment = first * (16 / SegmentRows) / segments.tiles;
   for (size_t tile = first; tile < last; ++tile) {
-    const uint8_t* panels[Strips];
-    next_tile(tile, panels);
+    source.BeginTile();
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / SegmentRows; ++part) {
 #pragma GCC unroll 16
       for (int r = 0; r < SegmentRows; ++r) {
         const int row = part * SegmentRows + r;
         typename Isa::Weight weights[Strips];
-        for (int s = 0; s < Strips; ++s) weights[s] = Isa::Weights(panels[s], row);
+        for (int s = 0; s < Strips; ++s) weights[s] = source.Row(row, s);
 #pragma GCC unroll 16
         for (int m = 0; m < Rows; ++m)
           for (int s = 0; s < Strips; ++s)
@@ -144,18 +154,13 @@ void DirectQuantizedRows(const MatMulJob& job) {
   const PackedView& w = *job.weights;
   const Segments segments = SegmentsOf(w);
   const size_t first = job.first_run * TilesPerRun(w.type), last = Min(job.last_run * TilesPerRun(w.type), w.tiles);
-  alignas(64) uint8_t buffer[kQuantizedTileBytes];
+  using Stream = typename Isa::template Stream<Int4, Sparse>;
   for (size_t strip = job.first_strip; strip < job.last_strip; ++strip) {
     typename Isa::Vec sums[Rows][1];
     for (int m = 0; m < Rows; ++m) sums[m][0] = Isa::Zero();
-    QuantizedCursor cursor = QuantizedStartOf(w, strip, job.first_run);
-    MultiplyTiles<Isa, SegmentRows, Rows, 1>(
-        job, segments, strip, first, last, static_cast<const uint8_t*>(job.x),
-        sums, [&](size_t tile, const uint8_t*(&panels)[1]) __attribute__((always_inline)) {
-          if (Int4 && tile % TilesPerRun(WeightType::kInt4) == 0) BeginRun(&cursor);
-          Isa::template Expand<Int4, Sparse>(&cursor, buffer);
-          panels[0] = buffer;
-        });
+    OneStrip<Stream> source = {Stream(StartOf(w, strip, job.first_run))};
+    MultiplyTiles<Isa, SegmentRows, Rows, 1>(job, segments, strip, first, last, static_cast<const uint8_t*>(job.x),
+                                             sums, source);
     for (int m = 0; m < Rows; ++m)
       Isa::Store(job.y + m * job.y_stride + strip * kStripColumns, ColumnsOf(w, strip), sums[m][0]);
     FinishStrips(job, strip, 1);
@@ -183,13 +188,9 @@ SPARAMX_INLINE void AnyQuantizedBlock(const MatMulJob& job, const Segments& segm
       for (int s = 0; s < Strips; ++s)
         sums[m][s] = begin ? Isa::Zero()
                            : Isa::Load(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s));
+    PanelRows<Isa> source = {panel - kQuantizedTileBytes};
     MultiplyTiles<Isa, SegmentRows, Rows, Strips>(
-        job, segments, strip, first, last, static_cast<const uint8_t*>(job.x) + m0 * job.x_row_bytes,
-        sums, [&](size_t tile, const uint8_t*(&panels)[Strips]) __attribute__((always_inline)) {
-          for (int s = 0; s < Strips; ++s)
-            panels[s] =
-                panel + (static_cast<size_t>(s) * TilesPerRun(WeightType::kInt8) + tile - first) * kQuantizedTileBytes;
-        });
+        job, segments, strip, first, last, static_cast<const uint8_t*>(job.x) + m0 * job.x_row_bytes, sums, source);
     for (int m = 0; m < Rows; ++m)
       for (int s = 0; s < Strips; ++s)
         Isa::Store(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s), sums[m][s]);
@@ -202,11 +203,11 @@ void PanelQuantizedStrips(const MatMulJob& job, size_t strip, uint8_t* panel) {
   const PackedView& w = *job.weights;
   const Segments segments = SegmentsOf(w);
   constexpr size_t kTiles = TilesPerRun(WeightType::kInt8);
-  QuantizedCursor cursors[Strips];
+  Cursor cursors[Strips];
   for (size_t run = job.first_run; run < job.last_run; ++run) {
     const size_t first = run * kTiles, last = Min(first + kTiles, w.tiles);
     for (int s = 0; s < Strips; ++s) {
-      cursors[s] = QuantizedStartOf(w, strip + s, run);
+      cursors[s] = StartOf(w, strip + s, run);
       for (size_t t = 0; t < last - first; ++t)
         Isa::template Expand<Int4, Sparse>(&cursors[s], panel + (s * kTiles + t) * kQuantizedTileBytes);
     }

@@ -94,6 +94,8 @@ struct ScalarQuantized : ScalarBase {
   struct Weight {
     int8_t v[64];
   };
+  template <bool Int4, bool Sparse>
+  using Stream = TileStream<ScalarQuantized, Int4, Sparse>;
   static constexpr bool kStoredCodes = false;
   static constexpr size_t kBlockRows = 2;
 
@@ -153,17 +155,20 @@ struct ScalarQuantized : ScalarBase {
   }
 
   template <bool Int4, bool Sparse>
-  static void Expand(QuantizedCursor* cursor, uint8_t* out) {
-    for (size_t e = 0; e < 1024; ++e) {
-      out[e] = 0;
-      if (Sparse && (cursor->masks[e / 8] >> (e % 8) & 1) == 0) continue;
-      if (Int4) {
-        out[e] = static_cast<uint8_t>((*cursor->values >> (cursor->odd * 4) & 15) - 8);
-        cursor->values += cursor->odd;
-        cursor->odd ^= 1;
-      } else {
-        out[e] = static_cast<uint8_t>(*cursor->values++ - 128);
+  static void Expand(Cursor* cursor, uint8_t* out) {
+    for (size_t row = 0; row < 16; ++row) {
+      size_t next = 0;  // of the row's values
+      for (size_t e = 0; e < 64; ++e) {
+        uint8_t* code = out + row * 64 + e;
+        *code = 0;
+        if (Sparse && (cursor->masks[row * 8 + e / 8] >> (e % 8) & 1) == 0) continue;
+        if (Int4)
+          *code = static_cast<uint8_t>((cursor->values[next / 2] >> (next % 2 * 4) & 15) - 8);
+        else
+          *code = static_cast<uint8_t>(cursor->values[next] - 128);
+        ++next;
       }
+      cursor->values += Int4 ? (next + 1) / 2 : next;
     }
     if (Sparse) cursor->masks += 128;
   }

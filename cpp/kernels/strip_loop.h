@@ -34,7 +34,7 @@ struct Cursor {
 
 SPARAMX_INLINE Cursor StartOf(const PackedView& w, size_t strip, size_t run) {
   const size_t tile = strip * w.tiles + run * TilesPerRun(w.type);
-  if (w.form == Form::kDense) return {nullptr, w.values + tile * kTileRows * kTileRowBytes};
+  if (w.form == Form::kDense) return {nullptr, w.values + ValueBytes(w.type, tile * TileWeights(w.type))};
   return {w.bitmap + tile * MaskBytesPerTile(w.type), w.values + ValueBytes(w.type, ValuesBefore(w, strip, run))};
 }
 
