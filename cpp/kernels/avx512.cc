@@ -3,7 +3,7 @@
 //
 // Expanding a row of 16 fp32 weights: kmovw (port 5), vpexpandd (2 x port 5), popcnt. A row of 32 bf16 weights: twice
 // vpmovzxwd (port 5) + kmovw + vpexpandd, two shifts, then two vpermt2ps (port 5) from the pair order to one row per k.
-// Registers at M > 16: 12 x 2 sums, 2 weight rows, broadcasts from memory. At M <= 16: one sum per row (4 at M = 1).
+// Registers at M > 8: 12 x 2 sums, 2 weight rows, broadcasts from memory. At M <= 8: one sum per row (4 at M = 1).
 #include "kernels/avx512_vec.h"
 #include "kernels/pack_rows.h"
 #include "kernels/strip_loop.h"

@@ -12,7 +12,7 @@ namespace {
 
 struct Avx512Base {
   using Vec = __m512;
-  static constexpr size_t kDirectRows = 16;
+  static constexpr size_t kDirectRows = 8;
   static constexpr size_t kBlockRows = 12;
   static constexpr size_t kBlockStrips = 2;
   static constexpr int kStepBytes = 4;

@@ -176,24 +176,29 @@ SPARAMX_INLINE void DirectQuantized(const MatMulJob& job) {
 }
 
 template <class Isa, int SegmentRows, int Strips, int Rows>
-SPARAMX_INLINE void AnyQuantizedBlock(const MatMulJob& job, const Segments& segments, size_t rows, size_t strip,
-                                      size_t m0, size_t first, size_t last, bool begin, const uint8_t* panel) {
+void QuantizedBlock(const MatMulJob& job, const Segments& segments, size_t strip, size_t m0, size_t first, size_t last,
+                    bool begin, const uint8_t* panel) {
+  typename Isa::Vec sums[Rows][Strips];
+  float* y = job.y + m0 * job.y_stride + strip * kStripColumns;
+  for (int m = 0; m < Rows; ++m)
+    for (int s = 0; s < Strips; ++s)
+      sums[m][s] =
+          begin ? Isa::Zero() : Isa::Load(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s));
+  PanelRows<Isa> source = {panel - kQuantizedTileBytes};
+  MultiplyTiles<Isa, SegmentRows, Rows, Strips>(
+      job, segments, strip, first, last, static_cast<const uint8_t*>(job.x) + m0 * job.x_row_bytes, sums, source);
+  for (int m = 0; m < Rows; ++m)
+    for (int s = 0; s < Strips; ++s)
+      Isa::Store(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s), sums[m][s]);
+}
+
+template <class Isa, int SegmentRows, int Strips, int Rows = Isa::kBlockRows>
+SPARAMX_INLINE void QuantizedBlocks(const MatMulJob& job, const Segments& segments, size_t strip, size_t m,
+                                    size_t first, size_t last, bool begin, const uint8_t* panel) {
   if constexpr (Rows > 0) {
-    if (rows != Rows)
-      return AnyQuantizedBlock<Isa, SegmentRows, Strips, Rows - 1>(job, segments, rows, strip, m0, first, last, begin,
-                                                                   panel);
-    typename Isa::Vec sums[Rows][Strips];
-    float* y = job.y + m0 * job.y_stride + strip * kStripColumns;
-    for (int m = 0; m < Rows; ++m)
-      for (int s = 0; s < Strips; ++s)
-        sums[m][s] = begin ? Isa::Zero()
-                           : Isa::Load(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s));
-    PanelRows<Isa> source = {panel - kQuantizedTileBytes};
-    MultiplyTiles<Isa, SegmentRows, Rows, Strips>(
-        job, segments, strip, first, last, static_cast<const uint8_t*>(job.x) + m0 * job.x_row_bytes, sums, source);
-    for (int m = 0; m < Rows; ++m)
-      for (int s = 0; s < Strips; ++s)
-        Isa::Store(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s), sums[m][s]);
+    for (; job.rows - m >= Rows; m += Rows)
+      QuantizedBlock<Isa, SegmentRows, Strips, Rows>(job, segments, strip, m, first, last, begin, panel);
+    QuantizedBlocks<Isa, SegmentRows, Strips, Rows / 2>(job, segments, strip, m, first, last, begin, panel);
   }
 }
 
@@ -211,9 +216,7 @@ void PanelQuantizedStrips(const MatMulJob& job, size_t strip, uint8_t* panel) {
       for (size_t t = 0; t < last - first; ++t)
         Isa::template Expand<Int4, Sparse>(&cursors[s], panel + (s * kTiles + t) * kQuantizedTileBytes);
     }
-    for (size_t m = 0; m < job.rows; m += Isa::kBlockRows)
-      AnyQuantizedBlock<Isa, SegmentRows, Strips, Isa::kBlockRows>(job, segments, Min(Isa::kBlockRows, job.rows - m),
-                                                                   strip, m, first, last, run == job.first_run, panel);
+    QuantizedBlocks<Isa, SegmentRows, Strips>(job, segments, strip, 0, first, last, run == job.first_run, panel);
   }
   FinishStrips(job, strip, Strips);
 }

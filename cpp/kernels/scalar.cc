@@ -87,92 +87,87 @@ struct ScalarBf16 : ScalarBase {
   }
 };
 
-struct ScalarQuantized : ScalarBase {
-  struct IntVec {
-    int32_t v[16];
-  };
-  struct Weight {
-    int8_t v[64];
-  };
-  template <bool Int4, bool Sparse>
-  using Stream = TileStream<ScalarQuantized, Int4, Sparse>;
-  static constexpr bool kStoredCodes = false;
-  static constexpr size_t kBlockRows = 2;
+// --- int8 and int4
+// ------------------------------------------------------------------------------------------------------
 
-  static IntVec ZeroInt() { return {}; }
-  static IntVec StartInt(int32_t v) {
-    IntVec out;
-    for (int32_t& i : out.v) i = v;
-    return out;
-  }
-  static IntVec AddInt(const IntVec& a, const IntVec& b) {
-    IntVec out;
-    for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] + b.v[i];
-    return out;
-  }
-  static Weight Weights(const uint8_t* tile, int row) {
-    Weight out;
-    __builtin_memcpy(&out, tile + row * 64, sizeof out);
-    return out;
-  }
-  static IntVec Dot(const IntVec& sum, const Weight& w, const uint8_t* x) {
-    int8_t codes[4];
-    __builtin_memcpy(codes, x, sizeof codes);
-    IntVec out;
-    for (int i = 0; i < 16; ++i)
-      out.v[i] = sum.v[i] + w.v[4 * i] * codes[0] + w.v[4 * i + 1] * codes[1] + w.v[4 * i + 2] * codes[2] +
-                 w.v[4 * i + 3] * codes[3];
-    return out;
-  }
-  static float HalfToFloat(uint32_t half) {
-    const uint32_t magnitude = half & 0x7fffu;
-    const float value = magnitude < 0x400u ? static_cast<float>(magnitude) * 0x1p-24f : 0.0f;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    if (magnitude >= 0x400u) bits = (magnitude << 13) + (magnitude >= 0x7c00u ? 224u << 23 : 112u << 23);
-    bits |= (half & 0x8000u) << 16;
-    float out;
-    __builtin_memcpy(&out, &bits, sizeof out);
-    return out;
-  }
-  static Vec Scales(const uint8_t* p, bool fp16) {
-    Vec out;
-    if (!fp16) {
-      __builtin_memcpy(&out, p, sizeof out);
-      return out;
+// One tile to 16 rows of 64 signed numbers, without scales.
+template <bool Int4>
+void ExpandNumbers(bool sparse, Cursor* cursor, int8_t* out) {
+  for (size_t row = 0; row < 16; ++row) {
+    size_t next = 0;  // of the row's values
+    for (size_t e = 0; e < 64; ++e) {
+      int8_t* number = out + row * 64 + e;
+      *number = 0;
+      if (sparse && (cursor->masks[row * 8 + e / 8] >> (e % 8) & 1) == 0) continue;
+      if (Int4)
+        *number = static_cast<int8_t>((cursor->values[next / 2] >> (next % 2 * 4) & 15) - 8);
+      else
+        *number = static_cast<int8_t>(cursor->values[next] - 128);
+      ++next;
     }
-    for (int i = 0; i < 16; ++i) {
-      uint16_t half;
-      __builtin_memcpy(&half, p + 2 * i, sizeof half);
-      out.v[i] = HalfToFloat(half);
-    }
-    return out;
+    cursor->values += Int4 ? (next + 1) / 2 : next;
   }
-  static Vec Flush(const Vec& sum, const IntVec& ints, const Vec& scales, float x_scale) {
-    Vec out;
-    for (int i = 0; i < 16; ++i) out.v[i] = sum.v[i] + static_cast<float>(ints.v[i]) * (scales.v[i] * x_scale);
-    return out;
-  }
+  if (sparse) cursor->masks += 128;
+}
 
-  template <bool Int4, bool Sparse>
-  static void Expand(Cursor* cursor, uint8_t* out) {
-    for (size_t row = 0; row < 16; ++row) {
-      size_t next = 0;  // of the row's values
-      for (size_t e = 0; e < 64; ++e) {
-        uint8_t* code = out + row * 64 + e;
-        *code = 0;
-        if (Sparse && (cursor->masks[row * 8 + e / 8] >> (e % 8) & 1) == 0) continue;
-        if (Int4)
-          *code = static_cast<uint8_t>((cursor->values[next / 2] >> (next % 2 * 4) & 15) - 8);
-        else
-          *code = static_cast<uint8_t>(cursor->values[next] - 128);
-        ++next;
+float HalfToFloat(uint32_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  const float value = magnitude < 0x400u ? static_cast<float>(magnitude) * 0x1p-24f : 0.0f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  if (magnitude >= 0x400u) bits = (magnitude << 13) + (magnitude >= 0x7c00u ? 224u << 23 : 112u << 23);
+  bits |= (half & 0x8000u) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+float ScaleAt(const PackedView& w, const uint8_t* scales, size_t column) {
+  if (w.scale_type == ScaleType::kFp32) return LoadFloat(scales + 4 * column);
+  uint16_t half;
+  __builtin_memcpy(&half, scales + 2 * column, sizeof half);
+  return HalfToFloat(half);
+}
+
+// sums[16] += scaled integer sums of one segment: numbers [segment K / 4][16][4] with codes [segment K].
+void AddSegment(const int8_t* numbers, const int8_t* codes, size_t segment_k, const PackedView& w,
+                const uint8_t* scales, float x_scale, float* sums) {
+  for (size_t c = 0; c < 16; ++c) {
+    int32_t sum = 0;
+    for (size_t k = 0; k < segment_k; ++k) sum += numbers[k / 4 * 64 + c * 4 + k % 4] * codes[k];
+    sums[c] += static_cast<float>(sum) * (ScaleAt(w, scales, c) * x_scale);
+  }
+}
+
+template <bool Int4>
+void MultiplyQuantizedScalar(const MatMulJob& job) {
+  const PackedView& w = *job.weights;
+  const QuantizedRowLayout layout = QuantizedLayout(w);
+  constexpr size_t kTiles = TilesPerRun(WeightType::kInt8);
+  int8_t numbers[kTiles * 1024];
+  for (size_t strip = job.first_strip; strip < job.last_strip; ++strip) {
+    float* y = job.y + strip * kStripColumns;
+    for (size_t run = job.first_run; run < job.last_run; ++run) {
+      Cursor cursor = StartOf(w, strip, run);
+      const size_t tiles = Min(kTiles, w.tiles - run * kTiles);
+      for (size_t t = 0; t < tiles; ++t) ExpandNumbers<Int4>(w.form == Form::kSparse, &cursor, numbers + t * 1024);
+      for (size_t m = 0; m < job.rows; ++m) {
+        const uint8_t* row = static_cast<const uint8_t*>(job.x) + m * job.x_row_bytes;
+        float sums[16] = {};
+        const size_t bytes = ColumnsOf(w, strip) * sizeof(float);
+        if (run != job.first_run) __builtin_memcpy(sums, y + m * job.y_stride, bytes);
+        for (size_t k = 0; k < tiles * 64 && run * kRunK + k < w.k; k += layout.segment_k) {
+          const size_t group = Int4 ? (run * kRunK + k) / w.group_size : 0;
+          AddSegment(numbers + k * 16, reinterpret_cast<const int8_t*>(row) + run * kRunK + k,
+                     Min(layout.segment_k, tiles * 64 - k), w, ScalesOf(w, strip, group),
+                     LoadFloat(row + layout.scales_at + 4 * group), sums);
+        }
+        __builtin_memcpy(y + m * job.y_stride, sums, bytes);
       }
-      cursor->values += Int4 ? (next + 1) / 2 : next;
     }
-    if (Sparse) cursor->masks += 128;
+    FinishStrips(job, strip, 1);
   }
-};
+}
 
 }  // namespace
 
@@ -183,8 +178,8 @@ const Level kScalarLevel = {
         {{"scalar", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<ScalarFp32>}, {}},
         {{"scalar", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<ScalarBf16>},
          {"scalar", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<ScalarBf16>}},
-        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<ScalarQuantized, false>}},
-        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<ScalarQuantized, true>}},
+        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<false>}},
+        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<true>}},
     },
     FinishRows,
 };

@@ -123,13 +123,19 @@ void Block(const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles, cons
       Isa::Store(y + m * y_stride + s * kStripColumns, Min(columns - s * kStripColumns, kStripColumns), sums[m][s]);
 }
 
+// Rows that remain after whole blocks go in blocks of half, a quarter, ... of the rows: few enough to compile, and a
+// remainder is rarely more than three blocks.
 template <class Isa, int Strips, int Rows = Isa::kBlockRows>
-SPARAMX_INLINE void AnyBlock(size_t rows, const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles,
-                             const uint8_t* x, size_t x_row_bytes, float* y, size_t y_stride, size_t columns,
-                             bool first) {
+SPARAMX_INLINE void Blocks(size_t rows, const uint8_t* const (&panels)[Isa::kBlockStrips], size_t tiles,
+                           const uint8_t* x, size_t x_row_bytes, float* y, size_t y_stride, size_t columns,
+                           bool first) {
   if constexpr (Rows > 0) {
-    if (rows == Rows) return Block<Isa, Rows, Strips>(panels, tiles, x, x_row_bytes, y, y_stride, columns, first);
-    return AnyBlock<Isa, Strips, Rows - 1>(rows, panels, tiles, x, x_row_bytes, y, y_stride, columns, first);
+    for (; rows >= Rows; rows -= Rows) {
+      Block<Isa, Rows, Strips>(panels, tiles, x, x_row_bytes, y, y_stride, columns, first);
+      x += Rows * x_row_bytes;
+      y += Rows * y_stride;
+    }
+    Blocks<Isa, Strips, Rows / 2>(rows, panels, tiles, x, x_row_bytes, y, y_stride, columns, first);
   }
 }
 
@@ -151,9 +157,7 @@ void PanelStrips(const MatMulJob& job, size_t strip, uint8_t* buffer) {
       for (size_t t = 1; t < tiles; ++t) Isa::template Expand<Sparse>(&cursors[s], out + t * Isa::kPanelTileBytes);
     }
     const uint8_t* x = static_cast<const uint8_t*>(job.x) + tile * Isa::kSteps * Isa::kStepBytes;
-    for (size_t m = 0; m < job.rows; m += Isa::kBlockRows)
-      AnyBlock<Isa, Strips>(Min(Isa::kBlockRows, job.rows - m), panels, tiles, x + m * job.x_row_bytes, job.x_row_bytes,
-                            job.y + m * job.y_stride + n0, job.y_stride, columns, tile == first);
+    Blocks<Isa, Strips>(job.rows, panels, tiles, x, job.x_row_bytes, job.y + n0, job.y_stride, columns, tile == first);
   }
   FinishStrips(job, strip, Strips);
 }
