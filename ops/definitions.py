@@ -26,6 +26,7 @@ class Activations(StrEnum):
     AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
+    INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ SPARSE_AMX_MATMUL: Final = OpDefinition(
         Attribute(
             "activations",
             str,
-            "The precision in which X enters the products; auto is bf16 for bf16 weights and fp32 for fp32 weights.",
+            "The precision in which X enters the products; auto takes fp32 for fp32 weights, bf16 for bf16 weights and "
+            "int8 (one scale per row, or per row and group) for int8 and int4 weights. fp32 weights take fp32 alone, "
+            "bf16 weights bf16 and fp32, int8 and int4 weights int8 alone.",
             default=Activations.AUTO.value,
             choices=tuple(activations.value for activations in Activations),
         ),

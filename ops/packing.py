@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ Blob = npt.NDArray[np.uint8]
 
 
 class WeightType(StrEnum):
-    """The type in which weights are stored; the library says which of them it can pack."""
+    """The type in which weights are stored."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -42,6 +43,12 @@ class ScaleType(StrEnum):
     FP32 = "fp32"
 
 
+GROUP_SIZES: Final = (16, 32, 64, 128, 256)
+"""How many int4 weights along K may share a scale."""
+
+DEFAULT_GROUP_SIZE: Final = 32
+"""The group size that int4 weights take where none is given."""
+
 # The numbers of the C interface are the positions in these lists.
 _WEIGHT_TYPES = [WeightType.FP32, WeightType.BF16, WeightType.INT8, WeightType.INT4]
 _FORMS = [Form.AUTO, Form.SPARSE, Form.DENSE]
@@ -59,8 +66,9 @@ class PackOptions:
     Attributes:
         weight_type: Type of the stored weights.
         form: Sparse, dense, or the smaller of the two.
-        scale_type: Type of the scales of quantized weights.
-        group_size: Weights along K that share a scale (int4 only), otherwise 0.
+        scale_type: Type of the scales: fp32 for int8 weights, fp16 (the default) or fp32 for int4 weights. fp16 scales
+            cannot hold weights beyond about 500,000.
+        group_size: Weights along K that share a scale, one of GROUP_SIZES; int4 only, where 0 takes 32. Others take 0.
         threads: Threads to pack with; 0 takes one per core. The result does not depend on it.
     """
 
@@ -82,7 +90,7 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class PackedInfo:
-    """What a blob says of itself."""
+    """What a blob says of itself. ``nnz`` counts weights that are not zero in the weight type."""
 
     k: int
     n: int
@@ -108,7 +116,10 @@ _HEADER_BYTES = 128
 _SECTION_BYTES = 24
 _ALIGNMENT = 64
 _TAIL_BYTES = 64
-_CODE_BYTES = {WeightType.FP32: 4, WeightType.BF16: 2}
+_CODE_BYTES = {WeightType.FP32: 4, WeightType.BF16: 2, WeightType.INT8: 1}
+# Types whose zeros can be told weight by weight.
+_COUNTED = (WeightType.FP32, WeightType.BF16)
+_SCALE_BYTES = {WeightType.INT8: 4}
 _TILE_ROWS = 16
 _STRIP = 16
 _RUN_K = 512
@@ -120,21 +131,24 @@ _CHUNK = 1 << 18
 def expected_size(k: int, n: int, nnz: int, weight_type: WeightType, form: Form = Form.AUTO) -> tuple[int, Form]:
     """The size of the blob of a matrix that one need not have: from its shape and its number of non-zeros alone.
 
+    For int4 weights these do not determine it: their rows begin at whole bytes, so the size depends on where the
+    non-zeros are. ``packed_size`` knows.
+
     Args:
         k: Rows.
         n: Columns.
-        nnz: Weights that are not zero in the weight type.
-        weight_type: fp32 or bf16.
+        nnz: Weights that are not zero in the weight type. In int8 those count as zero that are below half a step.
+        weight_type: fp32, bf16 or int8.
         form: The form; AUTO takes the smaller of the two, as packing does.
 
     Returns:
         The size in bytes, and the form that AUTO takes.
 
     Raises:
-        SparamxError: The weight type is neither.
+        SparamxError: The weight type is int4.
     """
     if weight_type not in _CODE_BYTES:
-        raise SparamxError(f"The size of {weight_type.value} weights cannot be predicted.")
+        raise SparamxError(f"The size of {weight_type.value} weights cannot be told from their number.")
     code_bytes = _CODE_BYTES[weight_type]
     tile_k = _TILE_ROWS * 4 // code_bytes
     strips, tiles = -(-n // _STRIP), -(-k // tile_k)
@@ -142,14 +156,16 @@ def expected_size(k: int, n: int, nnz: int, weight_type: WeightType, form: Form 
     padded = strips * tiles * tile_k * _STRIP
     sections = {Form.SPARSE: [(strips * runs + 1) * 8, padded // 8], Form.DENSE: []}
     values = {Form.SPARSE: nnz * code_bytes, Form.DENSE: padded * code_bytes}
+    scales = strips * _STRIP * _SCALE_BYTES.get(weight_type, 0)
     sizes: dict[Form, int] = {}
     for candidate in (Form.SPARSE, Form.DENSE):
         # An empty section is left out of the table; the values never are.
         present = [size for size in sections[candidate] if size]
-        end = _HEADER_BYTES + _SECTION_BYTES * (len(present) + 1)
+        end = _HEADER_BYTES + _SECTION_BYTES * (len(present) + 1 + bool(scales))
         for size in present:
             end = _aligned(end) + size
-        sizes[candidate] = _aligned(_aligned(end) + values[candidate] + _TAIL_BYTES)
+        end = _aligned(end) + values[candidate] + _TAIL_BYTES
+        sizes[candidate] = _aligned(_aligned(end) + scales)
     if form is Form.AUTO:
         form = Form.SPARSE if sizes[Form.SPARSE] < sizes[Form.DENSE] else Form.DENSE
     return sizes[form], form
@@ -161,7 +177,12 @@ def count_nonzero(w: npt.NDArray[np.generic], weight_type: WeightType) -> int:
     Args:
         w: float32, float16 or bfloat16, of any shape and strides.
         weight_type: fp32 or bf16; in bf16 denormal values count as zero.
+
+    Raises:
+        SparamxError: The weight type is quantized: which weights become zero depends on the scales, so on all others.
     """
+    if weight_type not in _COUNTED:
+        raise SparamxError(f"The non-zeros of {weight_type.value} weights are known once they are packed.")
     flat = w.transpose(sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))).reshape(-1)
     bits: npt.NDArray[np.unsignedinteger] = flat.view(np.uint32 if flat.dtype.itemsize == 4 else np.uint16)
     # Storing as bf16 makes denormal values zero (those of float16 are normal there). The smallest normal number of
@@ -254,7 +275,7 @@ def pack(w: npt.NDArray[np.generic], options: PackOptions) -> Blob:
 
 def _size_to_allocate(w: npt.NDArray[np.generic], options: PackOptions) -> int:
     """What packed_size gives; where the non-zeros can be counted without packing's detour through tiles, from those."""
-    is_predicted = options.weight_type in _CODE_BYTES and w.ndim == 2 and w.dtype in _SOURCE_DTYPES
+    is_predicted = options.weight_type in _COUNTED and w.ndim == 2 and w.dtype in _SOURCE_DTYPES
     if is_predicted and (w.flags.c_contiguous or w.flags.f_contiguous):
         k, n = w.shape
         return expected_size(k, n, count_nonzero(w, options.weight_type), options.weight_type, options.form)[0]

@@ -25,6 +25,16 @@ TAIL_BYTES = 64
 SECTION_OFFSETS = 1
 SECTION_BITMAP = 2
 SECTION_VALUES = 3
+SECTION_SCALES = 4
+
+# Weight types as the header numbers them.
+_FP32, _BF16, _INT8, _INT4 = range(4)
+
+# What a stored code is above the number that it means; also the code of a weight that is not stored.
+_CODE_OF_ZERO = {_INT8: 128, _INT4: 8}
+
+# Groups of activations whose largest magnitude is smaller count as zero.
+_SMALLEST_AMAX = np.float32(2.0**-100)
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
@@ -77,6 +87,18 @@ class BlobHeader:
     def runs(self) -> int:
         """Runs in a strip."""
         return -(-self.tiles // (self.run_k // self.tile_k))
+
+    @property
+    def row_weights(self) -> int:
+        """Weights in a tile row."""
+        return STRIP * self.parts
+
+    @property
+    def groups(self) -> int:
+        """Scales along K: none for floating-point weights."""
+        if self.scale_type == 0:
+            return 0
+        return -(-self.k // self.group_size) if self.group_size else 1
 
 
 def read_header(blob: bytes) -> BlobHeader:
@@ -139,7 +161,7 @@ def read_header(blob: bytes) -> BlobHeader:
 
 
 def unpack_blob(blob: bytes) -> npt.NDArray[np.float32]:
-    """The dense matrix of a blob of fp32 or bf16 weights.
+    """The dense matrix of a blob.
 
     Args:
         blob: The packed weight.
@@ -148,30 +170,35 @@ def unpack_blob(blob: bytes) -> npt.NDArray[np.float32]:
         The weight [K, N], float32.
 
     Raises:
-        SparamxError: The blob breaks the format, or holds quantized weights.
+        SparamxError: The blob breaks the format.
     """
     header = read_header(blob)
-    if header.weight_type not in (0, 1):
+    if header.weight_type not in (_FP32, _BF16, _INT8, _INT4):
         raise SparamxError(f"The reference does not read the weight type {header.weight_type}.")
-    dtype = np.dtype("<f4") if header.weight_type == 0 else np.dtype(ml_dtypes.bfloat16)
+    stored = _section(blob, header, SECTION_VALUES)
     shape = (header.strips, header.tiles, TILE_ROWS, STRIP, header.parts)
-    values = _section(blob, header, SECTION_VALUES).view(dtype)
     if header.form == 1:
         bits = np.unpackbits(_section(blob, header, SECTION_BITMAP), bitorder="little").astype(bool)
         if bits.size != math.prod(shape):
             raise SparamxError("The bitmap of the packed weight has the wrong size.")
-        _check_offsets(_section(blob, header, SECTION_OFFSETS).view("<u8"), bits, header)
-        if values.size != np.count_nonzero(bits) or values.size != header.nnz:
+        rows = bits.reshape(-1, header.row_weights)
+        counts = _values_of_rows(rows, header)
+        _check_offsets(_section(blob, header, SECTION_OFFSETS).view("<u8"), counts, header)
+        values = _decode(stored, header)
+        if values.size != counts.sum() or np.count_nonzero(bits) != header.nnz:
             raise SparamxError("The packed weight does not hold as many values as its bitmap says.")
-        tiles = np.zeros(bits.size, dtype)
-        tiles[bits] = values
+        starts = np.cumsum(counts) - counts
+        # The number of a value is where its row starts plus the number of bits before it in the row.
+        places = (starts[:, None] + np.cumsum(rows, axis=1) - 1)[rows]
+        tiles = np.zeros(bits.size, np.float32)
+        tiles[bits] = values[places]
     else:
-        if values.size != math.prod(shape):
+        tiles = _decode(stored, header)
+        if tiles.size != math.prod(shape):
             raise SparamxError("The values of the packed weight have the wrong size.")
-        tiles = values
     # [strip, tile, row, column, part] -> k = (tile, row, part), n = (strip, column)
     padded = tiles.reshape(shape).transpose(1, 2, 4, 0, 3).reshape(header.tiles * header.tile_k, header.strips * STRIP)
-    return np.ascontiguousarray(padded[: header.k, : header.n]).astype(np.float32)
+    return np.ascontiguousarray(padded[: header.k] * _scales(blob, header))[:, : header.n].copy()
 
 
 def _section(blob: bytes, header: BlobHeader, identifier: int) -> npt.NDArray[np.uint8]:
@@ -180,11 +207,41 @@ def _section(blob: bytes, header: BlobHeader, identifier: int) -> npt.NDArray[np
     return np.frombuffer(blob, np.uint8, size, offset)
 
 
-def _check_offsets(offsets: npt.NDArray[np.uint64], bits: npt.NDArray[np.bool_], header: BlobHeader) -> None:
-    """Raises unless every offset is the number of values before its run."""
-    tile_counts = bits.reshape(header.strips, header.tiles, TILE_ROWS * STRIP * header.parts).sum(
-        axis=2, dtype=np.uint64
-    )
+def _decode(stored: npt.NDArray[np.uint8], header: BlobHeader) -> npt.NDArray[np.float32]:
+    """What the stored values mean, without scales; of int4, both codes of every byte."""
+    if header.weight_type == _FP32:
+        return stored.view("<f4").astype(np.float32)
+    if header.weight_type == _BF16:
+        return stored.view(ml_dtypes.bfloat16).astype(np.float32)
+    codes = stored
+    if header.weight_type == _INT4:
+        codes = np.stack([stored & 15, stored >> 4], axis=1).reshape(-1)
+    return codes.astype(np.float32) - np.float32(_CODE_OF_ZERO[header.weight_type])
+
+
+def _values_of_rows(bits: npt.NDArray[np.bool_], header: BlobHeader) -> npt.NDArray[np.int64]:
+    """How many values every tile row stores: int4 rows begin at a whole byte, so an odd count has one to fill up."""
+    counts = bits.sum(axis=1, dtype=np.int64)
+    return counts + counts % 2 if header.weight_type == _INT4 else counts
+
+
+def _scales(blob: bytes, header: BlobHeader) -> npt.NDArray[np.float32]:
+    """A factor for every weight, [K, padded N] or a shape that broadcasts to it."""
+    if header.groups == 0:
+        return np.ones((1, 1), np.float32)
+    stored = _section(blob, header, SECTION_SCALES).view({1: "<f2", 2: "<f4"}[header.scale_type])
+    if stored.size != header.strips * header.groups * STRIP:
+        raise SparamxError("The scales of the packed weight have the wrong size.")
+    # [strip, group, column] -> [group, n]
+    scales = stored.reshape(header.strips, header.groups, STRIP).transpose(1, 0, 2)
+    scales = scales.reshape(header.groups, header.strips * STRIP)
+    group_of_k = np.arange(header.k) // (header.group_size or max(1, header.k))
+    return scales.astype(np.float32)[group_of_k]
+
+
+def _check_offsets(offsets: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64], header: BlobHeader) -> None:
+    """Raises unless every offset is the number of values before its run, padding of int4 rows included."""
+    tile_counts = counts.reshape(header.strips, header.tiles, TILE_ROWS).sum(axis=2).astype(np.uint64)
     per_run = header.run_k // header.tile_k
     padding = header.runs * per_run - header.tiles
     runs = np.pad(tile_counts, ((0, 0), (0, padding))).reshape(header.strips * header.runs, per_run).sum(axis=1)
@@ -204,6 +261,37 @@ def round_to_bf16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """
     flushed = np.where(np.abs(x) < _SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)
     return flushed.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def quantize_int8(
+    x: npt.NDArray[np.float32], group_size: int = 0
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Symmetric int8 codes of activations, with one scale per row or per group of a row.
+
+    Args:
+        x: The activations [..., K], float32.
+        group_size: Elements that share a scale; 0: all of the row. The last group may be shorter.
+
+    Returns:
+        The codes [..., K], whole numbers from -127 to 127, and the scale of every element [..., K], both float32. A
+        group with an infinite or undefined element has an undefined scale; one without any element above 2^-100 has
+        codes and a scale of zero.
+    """
+    codes, scales = np.zeros_like(x), np.zeros_like(x)
+    k = x.shape[-1]
+    step = group_size or max(1, k)
+    for start in range(0, k, step):
+        group = x[..., start : start + step]
+        # NaN wins over all numbers.
+        amax = np.abs(group).max(axis=-1, keepdims=True)
+        finite = np.isfinite(amax)
+        counts = finite & (amax >= _SMALLEST_AMAX)
+        inverse = np.float32(127) / np.where(counts, amax, np.float32(1))
+        codes[..., start : start + step] = np.where(counts, np.rint(np.where(counts, group, 0) * inverse), 0)
+        scales[..., start : start + step] = np.where(
+            counts, amax / np.float32(127), np.where(finite, np.float32(0), np.float32(np.nan))
+        )
+    return codes, scales
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -241,6 +329,7 @@ def sparse_amx_matmul(
     bias: npt.NDArray[np.float32] | None = None,
     epilogue: str = "none",
     activations: str = "fp32",
+    group_size: int = 0,
 ) -> npt.NDArray[np.float32]:
     """``epilogue(x w + bias)``, accumulated in double precision.
 
@@ -249,7 +338,10 @@ def sparse_amx_matmul(
         w: The dense weight [K, N], float32, as unpacked.
         bias: The bias [N], float32, or None.
         epilogue: none, relu, gelu, gelu_tanh or silu.
-        activations: fp32 leaves x as it is; bf16 rounds it, and counts denormal values of x and w as zero.
+        activations: fp32 leaves x as it is; bf16 rounds it, and counts denormal values of x and w as zero; int8
+            quantizes it.
+        group_size: With int8, how many elements of a row of x share a scale: the group size of int4 weights; 0 is one
+            scale for the row, as for int8 weights.
 
     Returns:
         The result [..., N], float32.
@@ -263,9 +355,20 @@ def sparse_amx_matmul(
         case "bf16":
             x = round_to_bf16(x)
             w = np.where(np.abs(w) < _SMALLEST_NORMAL, np.float32(0), w)
+        case "int8":
+            return _finish(_multiply_int8(x, w, group_size), bias, epilogue)
         case _:
             raise SparamxError(f"There is no precision {activations!r} of activations.")
-    y = x.astype(np.float64) @ w.astype(np.float64)
+    return _finish(x.astype(np.float64) @ w.astype(np.float64), bias, epilogue)
+
+
+def _multiply_int8(x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], group_size: int) -> npt.NDArray[np.float64]:
+    codes, scales = quantize_int8(x, group_size)
+    # The product of a code and its scale is exact in double precision.
+    return (codes.astype(np.float64) * scales) @ w.astype(np.float64)
+
+
+def _finish(y: npt.NDArray[np.float64], bias: npt.NDArray[np.float32] | None, epilogue: str) -> npt.NDArray[np.float32]:
     if bias is not None:
         y = y + bias.astype(np.float64)
     return apply_epilogue(y, epilogue).astype(np.float32)

@@ -50,7 +50,9 @@ void Int4GroupScales(const Stage& stage, size_t column, size_t k0, size_t k1, Sc
   Columns best_error;
   for (size_t n = 0; n < kStripColumns; ++n) {
     best_error.v[n] = INFINITY;
-    scales[n] = 0.0f;
+    // Stays where no candidate has a finite error: infinite if it is beyond the scale type, which the caller refuses.
+    const float first = Rounded(largest.v[n] * kInt4Candidates[0], type);
+    scales[n] = first == 0.0f ? 0.0f : first;
   }
   for (const float candidate : kInt4Candidates) {
     Columns rounded, divisor, error;
@@ -87,14 +89,15 @@ Status ComputeScales(const SourceMatrix& source, const PackedView& g, unsigned t
   std::atomic<bool> finite{true};
   ForEachRun(source, g, threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
     const size_t k0 = run * kRunK, rows = std::min<size_t>(kRunK, g.k - k0);
-    Columns largest = {};
+    Columns largest = {}, undefined = {};
     for (size_t k = 0; k < rows; ++k)
       for (size_t n = 0; n < kStripColumns; ++n) {
         const float magnitude = std::fabs(stage.w[k][column + n]);
-        largest.v[n] = largest.v[n] >= magnitude ? largest.v[n] : magnitude;  // an undefined weight stays
+        largest.v[n] = largest.v[n] >= magnitude ? largest.v[n] : magnitude;
+        undefined.v[n] += magnitude * 0.0f;  // not 0 from the first weight on that is not finite
       }
-    for (const float v : largest.v)
-      if (!std::isfinite(v)) finite = false;
+    for (const float v : undefined.v)
+      if (v != 0.0f) finite = false;
     float* out = &(*scales)[strip * g.groups * kStripColumns];
     if (g.type == WeightType::kInt8) {
       for (size_t n = 0; n < kStripColumns; ++n) out[n] = std::max(out[n], largest.v[n] / 127.0f);

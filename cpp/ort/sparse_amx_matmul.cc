@@ -11,6 +11,7 @@ namespace {
 constexpr size_t kStackScratch = 16 * 1024;
 
 constexpr const char* kEpilogueNames[kEpilogues] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+constexpr const char* kActivationsNames[kActivationTypes] = {"fp32", "bf16", "int8"};
 
 // Absent attributes take the default. ONNX Runtime 1.21 and 1.22 count the terminator as part of a string.
 std::string StringAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* absent) {
@@ -125,9 +126,11 @@ SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelI
 
   const std::string activations = StringAttribute(info, "activations", "auto");
   options_.default_activations = activations == "auto";
-  if (activations == "bf16")
-    options_.activations = Activations::kBf16;
-  else if (activations != "auto" && activations != "fp32")
+  index = 0;
+  while (index < kActivationTypes && activations != kActivationsNames[index]) ++index;
+  if (index < kActivationTypes)
+    options_.activations = static_cast<Activations>(index);
+  else if (!options_.default_activations)
     Fail(Status::Invalid("unknown activations '" + activations + "'"));
 
   int constant = 0;

@@ -44,18 +44,25 @@ def _error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max(initial=0.0) / max(1.0, np.abs(expected).max(initial=0.0)))
 
 
-@pytest.mark.parametrize("weight_type", [WeightType.FP32, WeightType.BF16])
+def _expected(case, blob: np.ndarray, epilogue: str, activations: str) -> np.ndarray:
+    info = packing.describe(blob)
+    w = reference.unpack_blob(blob.tobytes())
+    _, path = packing.matmul(blob, case.x)
+    if info.weight_type is WeightType.INT4 and path == "amx":  # docs/numerics.md
+        activations, w = "bf16", reference.round_to_bf16(w)
+    return reference.sparse_amx_matmul(case.x, w, case.bias, epilogue, activations, info.group_size)
+
+
+@pytest.mark.parametrize("weight_type", list(WeightType))
 def test_random_shapes(cases, weight_type: WeightType) -> None:
     epilogues = SPARSE_AMX_MATMUL.attributes[2].choices
-    activations = "bf16" if weight_type is WeightType.BF16 else "fp32"
+    activations = {WeightType.FP32: "fp32", WeightType.BF16: "bf16"}.get(weight_type, "int8")
     for index, case in enumerate(cases(400, 15)):
         blob = packing.pack(case.w, PackOptions(weight_type))
         epilogue = epilogues[index % len(epilogues)]
-        y = _session(blob, *case.w.shape, case.bias, epilogue=epilogue).run(None, {"x": case.x})[0]
-        w = reference.unpack_blob(blob.tobytes())
-        assert _error(y, reference.sparse_amx_matmul(case.x, w, case.bias, epilogue, activations)) <= TOLERANCE, str(
-            case
-        )
+        named = {"activations": activations} if index % 2 else {}  # auto is the same
+        y = _session(blob, *case.w.shape, case.bias, epilogue=epilogue, **named).run(None, {"x": case.x})[0]
+        assert _error(y, _expected(case, blob, epilogue, activations)) <= TOLERANCE, str(case)
 
 
 @pytest.mark.parametrize("activations", ["auto", "fp32", "bf16"])
@@ -70,6 +77,24 @@ def test_precision_of_activations(weight, activations: str) -> None:
     right, wrong = ("fp32", "bf16") if activations == "fp32" else ("bf16", "fp32")
     assert errors[right] <= TOLERANCE
     assert errors[wrong] > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "activations"),
+    [
+        (WeightType.FP32, "bf16"),
+        (WeightType.FP32, "int8"),
+        (WeightType.BF16, "int8"),
+        (WeightType.INT8, "fp32"),
+        (WeightType.INT8, "bf16"),
+        (WeightType.INT4, "fp32"),
+        (WeightType.INT4, "bf16"),
+    ],
+)
+def test_precisions_that_do_not_go_with_the_weights(weight, weight_type: WeightType, activations: str) -> None:
+    blob = packing.pack(weight(np.random.default_rng(4), 64, 48, 0.5, holes=False), PackOptions(weight_type))
+    with pytest.raises(Exception, match="its weight type does not go with these activations"):
+        _session(blob, 64, 48, activations=activations)
 
 
 @pytest.mark.parametrize("shape", [(70,), (3, 70), (2, 3, 70), (2, 1, 3, 70), (0, 70), (2, 0, 70)])

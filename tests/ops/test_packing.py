@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from sparamx_onnx.ops import packing, reference
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.ops.packing import Form, PackOptions, ScaleType, WeightType
+from sparamx_onnx.ops.packing import GROUP_SIZES, Form, PackOptions, ScaleType, WeightType
 
 FLOATS = [WeightType.FP32, WeightType.BF16]
+TYPES = list(WeightType)
+QUANTIZED = [
+    PackOptions(WeightType.INT8),
+    *(
+        PackOptions(WeightType.INT4, scale_type=scale_type, group_size=group_size)
+        for scale_type in (ScaleType.FP16, ScaleType.FP32)
+        for group_size in GROUP_SIZES
+    ),
+]
 FORMS = [Form.AUTO, Form.SPARSE, Form.DENSE]
 
 
@@ -44,9 +55,84 @@ def test_round_trip(cases, seed: int, form: Form, weight_type: WeightType) -> No
         assert packing.expected_size(*case.w.shape, nnz, weight_type, form) == (blob.size, info.form)
 
 
-@pytest.mark.parametrize("weight_type", FLOATS)
+def _quantized_by(w: np.ndarray, scales: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+    """Weights rounded to multiples of their scales, [K, N] each."""
+    codes = np.rint(w / np.where(scales == 0, 1, scales))
+    return (np.clip(codes, lowest, highest) * scales).astype(np.float32)
+
+
+def _groups(w: np.ndarray, group_size: int) -> np.ndarray:
+    """[groups, group size, N], filled up with zeros."""
+    k, n = w.shape
+    return np.pad(w, ((0, -k % group_size), (0, 0))).reshape(-1, group_size, n)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", QUANTIZED, ids=lambda o: f"{o.weight_type}-{o.scale_type}-{o.group_size}")
+def test_quantized_round_trip(cases, options: PackOptions, form: Form) -> None:
+    options = dataclasses.replace(options, form=form)
+    for case in cases(10 + options.group_size, 5):
+        w = case.w
+        blob = packing.pack(w, options)
+        packing.validate(blob)
+        stored = packing.unpack(blob)
+        np.testing.assert_array_equal(reference.unpack_blob(blob.tobytes()), stored, err_msg=str(case))
+        assert not stored[w == 0].any(), "zeros stay zeros"
+        info = packing.describe(blob)
+        header = reference.read_header(blob.tobytes())
+        assert info.weight_type is options.weight_type
+        assert info.group_size == header.group_size == options.group_size
+        assert info.scale_type is (ScaleType.FP32 if options.weight_type is WeightType.INT8 else options.scale_type)
+        assert (info.k, info.n, info.nnz, info.blob_bytes) == (*w.shape, np.count_nonzero(stored), blob.size)
+        assert packing.packed_size(w, options) == blob.size
+        if form is Form.AUTO:
+            sizes = {f: packing.packed_size(w, dataclasses.replace(options, form=f)) for f in FORMS}
+            assert blob.size == min(sizes.values())
+        else:
+            assert info.form is form
+        if options.weight_type is WeightType.INT8:
+            scales = np.broadcast_to(np.abs(w).max(axis=0) / np.float32(127), w.shape)
+            np.testing.assert_array_equal(stored, _quantized_by(w, scales, -127, 127), err_msg=str(case))
+            assert packing.expected_size(*w.shape, info.nnz, WeightType.INT8, form) == (blob.size, info.form)
+
+
+@pytest.mark.parametrize("options", QUANTIZED[1:], ids=lambda o: f"{o.scale_type}-{o.group_size}")
+def test_int4_scales_are_at_least_as_good_as_the_usual_ones(cases, options: PackOptions) -> None:
+    for case in cases(30 + options.group_size, 3):
+        groups = _groups(case.w, options.group_size)
+        stored = _groups(packing.unpack(packing.pack(case.w, options)), options.group_size)
+        error = ((groups - stored).astype(np.float64) ** 2).sum(axis=1)
+        largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1, keepdims=True), axis=1)
+        rounding = 1e-6 * largest[:, 0].astype(np.float64) ** 2  # of the scale itself
+        for divisor in (7.0, -8.0):
+            scales = largest / np.float32(divisor)
+            if options.scale_type is ScaleType.FP16:
+                scales = scales.astype(np.float16).astype(np.float32)
+            usual = groups - _quantized_by(groups, np.broadcast_to(scales, groups.shape), -8, 7)
+            assert (error <= (usual.astype(np.float64) ** 2).sum(axis=1) + rounding).all(), str(case)
+
+
+@pytest.mark.parametrize("weight_type", [WeightType.INT8, WeightType.INT4])
+def test_weights_that_cannot_be_quantized(weight_type: WeightType) -> None:
+    for bad in (np.nan, np.inf, -np.inf):
+        w = np.ones((40, 20), np.float32)
+        w[17, 3] = bad
+        with pytest.raises(SparamxError, match="not finite, which int8 and int4 cannot hold"):
+            packing.pack(w, PackOptions(weight_type))
+
+
+def test_weights_beyond_fp16_scales() -> None:
+    w = np.linspace(-1e6, 1e6, 64 * 5, dtype=np.float32).reshape(64, 5)
+    with pytest.raises(SparamxError, match="take fp32 scales"):
+        packing.pack(w, PackOptions(WeightType.INT4))
+    stored = packing.unpack(packing.pack(w, PackOptions(WeightType.INT4, scale_type=ScaleType.FP32)))
+    np.testing.assert_allclose(stored, w, atol=1e6 / 7)
+
+
+@pytest.mark.parametrize("weight_type", TYPES)
 def test_auto_takes_the_smaller_form(weight, weight_type: WeightType) -> None:
     rng = np.random.default_rng(0)
+    # Of random weights in int4, a sixth rounds to zero, which is not enough for the sparse form to be smaller.
     for sparsity, form in ((0.0, Form.DENSE), (0.5, Form.SPARSE), (1.0, Form.SPARSE)):
         w = weight(rng, 640, 320, sparsity, holes=False)
         sizes = {f: packing.packed_size(w, PackOptions(weight_type, f)) for f in FORMS}
@@ -55,13 +141,16 @@ def test_auto_takes_the_smaller_form(weight, weight_type: WeightType) -> None:
 
 
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("weight_type", FLOATS)
+@pytest.mark.parametrize("weight_type", TYPES)
 def test_source_types_and_strides(weight, source: type, weight_type: WeightType) -> None:
     rng = np.random.default_rng(1)
     options = PackOptions(weight_type)
     w = weight(rng, 70, 45, 0.4, holes=True).astype(source)
     expected = packing.pack(np.ascontiguousarray(w), options)
-    np.testing.assert_array_equal(packing.unpack(expected), _stored(w, weight_type))
+    if weight_type in FLOATS:
+        np.testing.assert_array_equal(packing.unpack(expected), _stored(w, weight_type))
+    else:
+        np.testing.assert_array_equal(expected, packing.pack(w.astype(np.float32), options))
     padded = np.zeros((140, 100), source)
     padded[::2, 3:93:2] = w
     views = {
@@ -84,7 +173,7 @@ def test_foreign_byte_order_and_unaligned_memory(weight) -> None:
     np.testing.assert_array_equal(packing.pack(unaligned, PackOptions()), expected)
 
 
-@pytest.mark.parametrize("weight_type", FLOATS)
+@pytest.mark.parametrize("weight_type", TYPES)
 def test_threads_do_not_change_the_bytes(weight, weight_type: WeightType) -> None:
     w = weight(np.random.default_rng(3), 600, 333, 0.5, holes=True)
     blobs = [packing.pack(w, PackOptions(weight_type, threads=threads)).tobytes() for threads in (1, 2, 5, 0)]
@@ -107,7 +196,7 @@ def test_special_values() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-@pytest.mark.parametrize("weight_type", FLOATS)
+@pytest.mark.parametrize("weight_type", TYPES)
 def test_empty_matrices(shape: tuple[int, int], weight_type: WeightType) -> None:
     for form in FORMS:
         blob = packing.pack(np.zeros(shape, np.float32), PackOptions(weight_type, form))
@@ -139,6 +228,10 @@ def test_pack_into_a_buffer_of_the_callers(weight) -> None:
         (np.zeros((2, 2), np.int8), PackOptions(), "not int8"),
         (np.zeros((2, 2), np.float32), PackOptions(group_size=32), "groups"),
         (np.zeros((2, 2), np.float32), PackOptions(scale_type=ScaleType.FP16), "scales"),
+        (np.zeros((2, 2), np.float32), PackOptions(WeightType.INT8, group_size=32), "int8 weights take no groups"),
+        (np.zeros((2, 2), np.float32), PackOptions(WeightType.INT8, scale_type=ScaleType.FP16), "take fp32 scales"),
+        (np.zeros((2, 2), np.float32), PackOptions(WeightType.INT4, group_size=48), "16, 32, 64, 128 or 256"),
+        (np.zeros((2, 2), np.float32), PackOptions(WeightType.INT4, group_size=512), "16, 32, 64, 128 or 256"),
     ],
 )
 def test_what_cannot_be_packed(w: np.ndarray, options: PackOptions, sentence: str) -> None:
@@ -162,19 +255,25 @@ def test_damaged_blobs_are_refused(weight) -> None:
         packing.describe(blob.reshape(-1, 64))
 
 
-def test_the_reference_checks_what_the_format_promises(weight) -> None:
-    blob = packing.pack(weight(np.random.default_rng(6), 100, 100, 0.5, holes=False), PackOptions())
+@pytest.mark.parametrize("weight_type", TYPES)
+def test_the_reference_checks_what_the_format_promises(weight, weight_type: WeightType) -> None:
+    options = PackOptions(weight_type, Form.SPARSE)
+    blob = packing.pack(weight(np.random.default_rng(6), 100, 100, 0.5, holes=False), options)
     header = reference.read_header(blob.tobytes())
     for section, sentence in ((reference.SECTION_OFFSETS, "offsets"), (reference.SECTION_BITMAP, "offsets")):
         damaged = blob.copy()
-        damaged[header.sections[section][0] + 8] ^= 1
+        # Several bits, as an odd row of int4 codes has room for one more.
+        damaged[header.sections[section][0] + 8] ^= 0b10101
         with pytest.raises(SparamxError, match=sentence):
             reference.unpack_blob(damaged.tobytes())
 
 
-def test_size_of_types_that_are_not_predicted() -> None:
-    with pytest.raises(SparamxError, match="int8"):
-        packing.expected_size(10, 10, 5, WeightType.INT8)
+def test_what_shape_and_non_zeros_do_not_tell() -> None:
+    with pytest.raises(SparamxError, match="size of int4"):
+        packing.expected_size(10, 10, 5, WeightType.INT4)
+    for weight_type in (WeightType.INT8, WeightType.INT4):
+        with pytest.raises(SparamxError, match=f"non-zeros of {weight_type.value}"):
+            packing.count_nonzero(np.ones((2, 2), np.float32), weight_type)
 
 
 @pytest.mark.parametrize("weight_type", FLOATS)

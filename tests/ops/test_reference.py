@@ -51,6 +51,39 @@ def test_activations_in_bf16() -> None:
     assert exact == np.float32(3.0 * (1 + 2**-10) + 2.0**-3 + 2.0**-4 + 1.0)
 
 
+def test_activations_in_int8() -> None:
+    x = np.array([[127.0, 0.5, 1.5, -2.5, -127.0, 0.0], [0.0, -0.0, 0.0, 0.0, 0.0, 254.0]], np.float32)
+    codes, scales = reference.quantize_int8(x)
+    np.testing.assert_array_equal(codes, [[127, 0, 2, -2, -127, 0], [0, 0, 0, 0, 0, 127]])
+    np.testing.assert_array_equal(scales[:, 0], [1, 2])
+    # Groups of a row have scales of their own, the last one may be shorter.
+    codes, scales = reference.quantize_int8(x, 4)
+    np.testing.assert_array_equal(codes[1], [0, 0, 0, 0, 0, 127])
+    np.testing.assert_array_equal(scales, [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 2, 2]])
+
+
+def test_int8_activations_that_are_tiny_or_not_finite() -> None:
+    smallest = np.float32(2.0**-100)
+    x = np.array([[smallest, 0], [smallest * np.float32(0.999), 0], [np.inf, 1], [1, np.nan]], np.float32)
+    codes, scales = reference.quantize_int8(x)
+    np.testing.assert_array_equal(codes, [[127, 0], [0, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(scales[:, 0], np.array([smallest / 127, 0, np.nan, np.nan], np.float32))
+    y = reference.sparse_amx_matmul(x, np.zeros((2, 3), np.float32), activations="int8")
+    assert np.isnan(y[2:]).all()
+    assert not y[:2].any()
+
+
+def test_products_with_int8_activations() -> None:
+    x = np.array([[2.0, -1.0, 0.01, 0.02]], np.float32)
+    w = np.array([[1.0], [1.0], [100.0], [100.0]], np.float32)
+    # One scale of 2/127: 0.01 is code 1 of it (0.635), 0.02 as well (1.27).
+    step = 2 / 127
+    row = reference.sparse_amx_matmul(x, w, activations="int8")
+    np.testing.assert_allclose(row, [[2 - 64 * step + 200 * step]], rtol=1e-6)
+    grouped = reference.sparse_amx_matmul(x, w, activations="int8", group_size=2)
+    np.testing.assert_allclose(grouped, [[2 - 64 * step + 2 + 100 * 64 * 0.02 / 127]], rtol=1e-6)
+
+
 def test_leading_dimensions() -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
     w = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
@@ -62,5 +95,5 @@ def test_unknown_names() -> None:
     x, w = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
     with pytest.raises(SparamxError, match="'swish'"):
         reference.sparse_amx_matmul(x, w, epilogue="swish")
-    with pytest.raises(SparamxError, match="'int8'"):
-        reference.sparse_amx_matmul(x, w, activations="int8")
+    with pytest.raises(SparamxError, match="'int4'"):
+        reference.sparse_amx_matmul(x, w, activations="int4")
