@@ -219,6 +219,7 @@ class LinearLayerFinder:
             plan.detail = f"Its packed weight cannot be read: {error}"
         else:
             plan.k, plan.n, plan.nnz, plan.weight_type = info.k, info.n, info.nnz, info.weight_type.value
+            plan.group_size = info.group_size or None
         return plan
 
     def _examine_product(self, node: ir.Node) -> Found | NotConstant:

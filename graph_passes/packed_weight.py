@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.fold_constants import FoldedConstant
 from sparamx_onnx.ops import packing
+from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import PackedInfo, PackOptions
 
 Pruner = Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]
@@ -84,7 +85,13 @@ class PackedWeight(ir.LazyTensor):
         Raises:
             SparamxError: The weight cannot be read or packed.
         """
-        blob = packing.pack(self.dense(), self.options)
+        dense = self.dense()
+        try:
+            blob = packing.pack(dense, self.options)
+        except SparamxError as error:
+            raise SparamxError(
+                f"The weight '{self.weight.name}' cannot be packed as {self.options.weight_type.value}: {error}"
+            ) from error
         # Describing checks the whole blob: nothing is written that a kernel would refuse.
         info = packing.describe(blob)
         self._size = blob.size

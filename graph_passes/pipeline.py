@@ -19,7 +19,17 @@ from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_be
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.ops.packing import Form, PackOptions, WeightType, count_nonzero, expected_size
+from sparamx_onnx.ops.packing import (
+    DEFAULT_GROUP_SIZE,
+    GROUP_SIZES,
+    Form,
+    PackOptions,
+    ScaleType,
+    WeightType,
+    count_nonzero,
+    describe,
+    expected_size,
+)
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in total."""
@@ -31,6 +41,8 @@ OPTIONS_KEY: Final = "sparamx.options"
 """Key of the model's metadata under which the options of the conversion stand, as JSON."""
 
 DEFAULT_SPARSITY: Final = 0.5
+
+_QUANTIZED: Final = (WeightType.INT8, WeightType.INT4)
 
 # What --only-if-faster asks for. A product with few activations takes as long as its weights take to be read; a gain
 # below a tenth drowns in the difference between two runs.
@@ -54,7 +66,11 @@ class ConvertOptions:
             which takes no calibration data and can ruin a model.
         sparsity: The share of zeros that pruning aims at, at least 0 and below 1; None takes 0.5. Only for methods that
             prune.
-        weights: The type of the packed weights: fp32 or bf16.
+        weights: The type of the packed weights: fp32, bf16, int8 or int4. The latter two quantize the weights when they
+            are packed (after pruning, so zeros stay zeros), and the activations when the model runs.
+        group_size: int4 only: weights along K that share a scale, one of 16, 32, 64, 128 and 256; None takes 32.
+            Smaller groups are more accurate and larger.
+        scale_type: int4 only: fp16, which None takes, or fp32.
         include: Regular expressions; if there are any, only layers that one of them matches are converted. They are
             searched in the names of the node, of the weight and of the module it came from.
         exclude: Regular expressions; layers that one of them matches are left alone.
@@ -65,6 +81,8 @@ class ConvertOptions:
     method: Method = Method.AUTO
     sparsity: float | None = None
     weights: WeightType = WeightType.BF16
+    group_size: int | None = None
+    scale_type: ScaleType | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     only_if_faster: bool = False
@@ -77,14 +95,15 @@ class ConvertOptions:
             SparamxError: Says which and why.
         """
         # Plain strings are welcome, as they come from a command line.
-        for name, kind in (("method", Method), ("weights", WeightType)):
+        for name, kind in (("method", Method), ("weights", WeightType), ("scale_type", ScaleType)):
+            if getattr(self, name) is None:
+                continue
             try:
                 object.__setattr__(self, name, kind(getattr(self, name)))
             except ValueError:
                 choices = ", ".join(kind)
                 raise SparamxError(f"There is no {name} {getattr(self, name)!r}; there are {choices}.") from None
-        if self.weights not in (WeightType.FP32, WeightType.BF16):
-            raise SparamxError(f"This version packs fp32 and bf16 weights, not {self.weights.value}.")
+        self._check_scales()
         if self.sparsity is not None:
             if not self.prunes:
                 raise SparamxError(
@@ -103,6 +122,30 @@ class ConvertOptions:
                 except re.error as error:
                     raise SparamxError(f"The {name} pattern {pattern!r} is no regular expression: {error}.") from None
 
+    def _check_scales(self) -> None:
+        if self.weights is WeightType.INT4:
+            if self.group_size is None:
+                object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE)
+            if self.group_size not in GROUP_SIZES:
+                sizes = ", ".join(map(str, GROUP_SIZES))
+                raise SparamxError(f"There is no group size {self.group_size}; there are {sizes}.")
+            if self.scale_type is None:
+                object.__setattr__(self, "scale_type", ScaleType.FP16)
+            if self.scale_type is ScaleType.NONE:
+                raise SparamxError("int4 weights need scales; there are fp16 and fp32.")
+            return
+        for value, what in ((self.group_size, "group size"), (self.scale_type, "scale type")):
+            if value is not None:
+                raise SparamxError(f"Only int4 weights take a {what}, not {self.weights.value} weights.")
+
+    @property
+    def pack_options(self) -> PackOptions:
+        """How every weight is packed."""
+        scales = ScaleType.NONE if self.scale_type is None else self.scale_type
+        return PackOptions(
+            weight_type=self.weights, scale_type=scales, group_size=self.group_size or 0, threads=self.threads
+        )
+
     @property
     def prunes(self) -> bool:
         """Whether the method sets weights to zero."""
@@ -119,6 +162,8 @@ class ConvertOptions:
             "method": self.method.value,
             "sparsity": self.target_sparsity,
             "weights": self.weights.value,
+            "group_size": self.group_size,
+            "scale_type": None if self.scale_type is None else self.scale_type.value,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "only_if_faster": self.only_if_faster,
@@ -173,7 +218,7 @@ def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]
     """The layers that the user wants converted; the plans of the others say why they are not."""
     include = [re.compile(pattern) for pattern in options.include]
     exclude = [re.compile(pattern) for pattern in options.exclude]
-    pack_options = PackOptions(weight_type=options.weights, threads=options.threads)
+    pack_options = options.pack_options
     sparsity = options.target_sparsity
     for node in found:
         layer, plan = node.layer, node.plan
@@ -186,7 +231,7 @@ def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]
         elif include and included is None:
             _leave_alone(plan, Reason.NOT_INCLUDED_BY_USER)
         else:
-            plan.weight_type = options.weights.value
+            plan.weight_type, plan.group_size = options.weights.value, options.group_size
             chosen = Chosen(layer, plan, pack_options)
             if sparsity is not None:
                 # A pattern that includes a layer names it.
@@ -207,30 +252,40 @@ def _first_match(patterns: Iterable[re.Pattern[str]], plan: NodePlan) -> str | N
 def _leave_alone(plan: NodePlan, reason: Reason, detail: str = "") -> None:
     plan.action, plan.reason, plan.detail = Action.LEFT_ALONE, reason, detail
     plan.bias, plan.epilogue, plan.absorbed = False, "none", ()
-    plan.weight_type, plan.pruned, plan.prune_note = None, False, ""
+    plan.weight_type, plan.group_size, plan.pruned, plan.prune_note = None, None, False, ""
 
 
 def _measure(chosen: list[Chosen], options: ConvertOptions, progress: Progress | None) -> None:
     """Fills in how many non-zeros the layers have and how large they become; reads each weight once."""
-    known: dict[object, int] = {}
+    known: dict[object, tuple[int, int, Form]] = {}
     total = sum({c.weight_key: _bytes_to_read(c) for c in chosen}.values())
     done = 0
     for candidate in chosen:
         key = candidate.weight_key
         if key not in known:
-            known[key] = _count_nonzero(candidate, options)
+            known[key] = _size(candidate, options)
             done += _bytes_to_read(candidate)
             if progress is not None and total:
                 progress(done, total)
-        plan, layer = candidate.plan, candidate.layer
-        plan.nnz = known[key]
-        plan.bytes_after, form = expected_size(layer.k, layer.n, known[key], options.weights)
+        plan = candidate.plan
+        plan.nnz, plan.bytes_after, form = known[key]
         if form is Form.DENSE:
             plan.action, plan.reason = Action.PACKED_DENSE, Reason.PACKED_DENSE
 
 
 def _bytes_to_read(chosen: Chosen) -> int:
-    return 0 if chosen.prune is not None else chosen.layer.weight.tensor.nbytes
+    is_read = chosen.prune is None or chosen.options.weight_type in _QUANTIZED
+    return chosen.layer.weight.tensor.nbytes if is_read else 0
+
+
+def _size(chosen: Chosen, options: ConvertOptions) -> tuple[int, int, Form]:
+    """Non-zeros, bytes and form of a packed weight."""
+    if options.weights in _QUANTIZED:
+        # Which weights round to zero depends on the scales, so on all others: there is nothing cheaper than packing.
+        info = describe(chosen.packed_weight(chosen.layer.weight.name).pack())
+        return info.nnz, info.blob_bytes, info.form
+    nnz = _count_nonzero(chosen, options)
+    return nnz, *expected_size(chosen.layer.k, chosen.layer.n, nnz, options.weights)
 
 
 def _count_nonzero(chosen: Chosen, options: ConvertOptions) -> int:

@@ -92,6 +92,7 @@ class NodePlan:
         weight: Name of the weight as it stands in the input model.
         packed: Name of the packed initializer; several nodes may share one.
         weight_type: Type of the packed weights.
+        group_size: Weights along K that share a scale; None for types other than int4.
         k: Rows of the weight (the node's inputs), None if unknown.
         n: Columns of the weight (the node's outputs), None if unknown.
         nnz: Packed weights that are not zero; before writing a pruned model, what pruning will leave at most.
@@ -115,6 +116,7 @@ class NodePlan:
     weight: str | None = None
     packed: str | None = None
     weight_type: str | None = None
+    group_size: int | None = None
     k: int | None = None
     n: int | None = None
     nnz: int | None = None
@@ -152,6 +154,7 @@ class NodePlan:
             "weight": self.weight,
             "packed": self.packed,
             "weight_type": self.weight_type,
+            "group_size": self.group_size,
             "k": self.k,
             "n": self.n,
             "nnz": self.nnz,

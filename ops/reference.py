@@ -212,7 +212,7 @@ def _decode(stored: npt.NDArray[np.uint8], header: BlobHeader) -> npt.NDArray[np
     if header.weight_type == _FP32:
         return stored.view("<f4").astype(np.float32)
     if header.weight_type == _BF16:
-        return stored.view(ml_dtypes.bfloat16).astype(np.float32)
+        return np.asarray(stored.view(ml_dtypes.bfloat16), np.float32)
     codes = stored
     if header.weight_type == _INT4:
         codes = np.stack([stored & 15, stored >> 4], axis=1).reshape(-1)
@@ -221,22 +221,25 @@ def _decode(stored: npt.NDArray[np.uint8], header: BlobHeader) -> npt.NDArray[np
 
 def _values_of_rows(bits: npt.NDArray[np.bool_], header: BlobHeader) -> npt.NDArray[np.int64]:
     """How many values every tile row stores: int4 rows begin at a whole byte, so an odd count has one to fill up."""
-    counts = bits.sum(axis=1, dtype=np.int64)
-    return counts + counts % 2 if header.weight_type == _INT4 else counts
+    counts: npt.NDArray[np.int64] = bits.sum(axis=1, dtype=np.int64)
+    if header.weight_type == _INT4:
+        counts += counts % 2
+    return counts
 
 
 def _scales(blob: bytes, header: BlobHeader) -> npt.NDArray[np.float32]:
     """A factor for every weight, [K, padded N] or a shape that broadcasts to it."""
     if header.groups == 0:
         return np.ones((1, 1), np.float32)
-    stored = _section(blob, header, SECTION_SCALES).view({1: "<f2", 2: "<f4"}[header.scale_type])
+    section = _section(blob, header, SECTION_SCALES)
+    stored = (section.view("<f2") if header.scale_type == 1 else section.view("<f4")).astype(np.float32)
     if stored.size != header.strips * header.groups * STRIP:
         raise SparamxError("The scales of the packed weight have the wrong size.")
     # [strip, group, column] -> [group, n]
-    scales = stored.reshape(header.strips, header.groups, STRIP).transpose(1, 0, 2)
-    scales = scales.reshape(header.groups, header.strips * STRIP)
-    group_of_k = np.arange(header.k) // (header.group_size or max(1, header.k))
-    return scales.astype(np.float32)[group_of_k]
+    by_strip = stored.reshape(header.strips, header.groups, STRIP)
+    by_group = by_strip.transpose(1, 0, 2).reshape(header.groups, header.strips * STRIP)
+    scales: npt.NDArray[np.float32] = by_group[np.arange(header.k) // (header.group_size or max(1, header.k))]
+    return scales
 
 
 def _check_offsets(offsets: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64], header: BlobHeader) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from sparamx_onnx.graph_passes import pipeline, write
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.loading import load_model
-from sparamx_onnx.ops.packing import WeightType
+from sparamx_onnx.ops.packing import ScaleType, WeightType
 from sparamx_onnx.output import check_destination, commit, data_path, staging, write_error
 from sparamx_onnx.progress import Report, byte_report
 
@@ -58,6 +58,8 @@ def convert(
     method: str = "auto",
     sparsity: float | None = None,
     weights: str = "bf16",
+    group_size: int | None = None,
+    scale_type: str | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     force: bool = False,
@@ -76,7 +78,10 @@ def convert(
         method: ``keep`` uses the zeros that are there, and so does ``auto``. ``magnitude`` sets the smallest weights to
             zero without looking at any data, which usually ruins a language model at 50 %.
         sparsity: Share of zeros that pruning leaves behind, per weight; 0.5 if None. Only for ``magnitude``.
-        weights: Type of the packed weights: ``bf16`` or ``fp32`` (exact).
+        weights: Type of the packed weights: ``bf16``, ``fp32`` (exact), ``int8`` or ``int4``. The last two quantize
+            activations to int8 when the model runs: judge int4 on your own data.
+        group_size: Only for ``int4``: weights along K that share a scale, one of 16, 32, 64, 128 and 256; 32 if None.
+        scale_type: Only for ``int4``: type of the scales, ``fp16`` (if None) or ``fp32``.
         include: Regular expressions; if any are given, only layers whose name one of them finds are converted. An
             output layer, which ``magnitude`` spares, is pruned if it is named here.
         exclude: Regular expressions; layers whose name one of them finds are left alone.
@@ -94,6 +99,8 @@ def convert(
         method=cast(pipeline.Method, method),
         sparsity=sparsity,
         weights=cast(WeightType, weights),
+        group_size=group_size,
+        scale_type=cast(ScaleType | None, scale_type),
         include=tuple(include),
         exclude=tuple(exclude),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sparamx_onnx.benchmark import Benchmark
 from sparamx_onnx.conversion import ConversionResult
@@ -145,7 +145,7 @@ def environment_text(result: Environment) -> str:
     """The installation and the machine."""
     cpu = result.cpu
     levels = [[level["name"], "yes" if level["supported"] else "no", level["reason"]] for level in cpu["levels"]]
-    kernels = ", ".join(f"{path} for {kind} weights" for kind, path in cpu["kernels"].items())
+    kernels = ", ".join(f"{_kernels(paths)} for {kind} weights" for kind, paths in cpu["kernels"].items())
     facts = [
         ("sparamx-onnx", result.version),
         ("library", f"{result.library} ({result.library_version})"),
@@ -159,6 +159,12 @@ def environment_text(result: Environment) -> str:
     width = max(len(name) for name, _ in facts)
     table = render((Column("level"), Column("runs"), Column("why", shrinks=True)), levels)
     return _paragraphs("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts), table)
+
+
+def _kernels(paths: Mapping[str, str]) -> str:
+    """A kernel by the number of rows from which on it runs: ``avx512_vbmi2 (amx from 9 rows)``."""
+    first, *others = paths.items()
+    return first[1] + "".join(f" ({path} from {rows} rows)" for rows, path in others)
 
 
 def _layers(nodes: Iterable[NodePlan]) -> str:
@@ -178,6 +184,8 @@ def _layers(nodes: Iterable[NodePlan]) -> str:
 
 def _packed(node: NodePlan) -> str:
     words = ["dense" if node.action is Action.PACKED_DENSE else "", node.weight_type or ""]
+    if node.group_size is not None:
+        words[-1] += f"/{node.group_size}"
     if node.prune_note:
         words.append("not pruned")
     return " ".join(word for word in words if word)

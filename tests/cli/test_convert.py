@@ -74,6 +74,33 @@ def test_the_default_output_lies_beside_the_model_and_computes_the_same(
     assert np.abs(_outputs(output, x) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    ("options", "shown", "tolerance"),
+    [
+        (["--weights", "int8"], "int8", 0.15),
+        (["--weights", "int4"], "int4/32", 0.6),
+        (["--weights", "int4", "--group-size", "16", "--scale-type", "fp32"], "int4/16", 0.6),
+    ],
+)
+def test_quantized_weights(
+    dense: Path, options: list[str], shown: str, tolerance: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["convert", str(dense), *options, "--dry-run"]) == DONE
+    planned = capsys.readouterr().out.split("\n\n")[0]
+    assert cli.run(["convert", str(dense), *options]) == DONE
+    assert capsys.readouterr().out.split("\n\n")[0] == planned
+    assert [line.split("  ")[-1].strip() for line in planned.splitlines()[1:]] == [shown] * 2
+    output = dense.with_name("dense.sparse.onnx")
+    assert cli.run(["inspect", str(output)]) == DONE
+    inspected = capsys.readouterr().out
+    assert inspected.count(f"  {shown}\n") == 2
+    assert f"weights {options[1]}" in inspected
+    assert cli.run(["verify", str(dense), str(output), "--json"]) == DONE
+    document = json.loads(capsys.readouterr().out)
+    assert document["tolerance"] == tolerance
+    assert 1e-4 < document["outputs"][0]["relative_error"] < tolerance / 3  # there are only two layers
+
+
 def test_a_chosen_output_gets_its_data_beside_it(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     result = sparamx_onnx.convert(dense, tmp_path / "elsewhere" / "c.onnx")
@@ -287,7 +314,11 @@ def test_an_output_that_is_the_input(tmp_path: Path, mlp: Mlp, save: Save, refus
         (["--method", "magnitude", "--sparsity", "-0.1"], "0<=x<1"),
         (["--method", "magnitude", "--sparsity", "nan"], "sparsity"),
         (["--method", "wanda"], "wanda"),
-        (["--weights", "int8"], "int8"),
+        (["--weights", "int2"], "int2"),
+        (["--weights", "int8", "--group-size", "32"], "Only int4 weights take a group size"),
+        (["--weights", "int4", "--group-size", "48"], "48"),
+        (["--weights", "int4", "--scale-type", "bf16"], "bf16"),
+        (["--scale-type", "fp16"], "Only int4 weights take a scale type"),
         (["--include", "("], "'('"),
         (["--exclude", "[a"], "'[a'"),
         (["--calibration", "x.npz"], "--calibration"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
@@ -12,9 +13,10 @@ from onnx import helper, numpy_helper
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.pipeline import ConvertOptions, Method, run
 from sparamx_onnx.graph_passes.plan import Action, Reason
-from sparamx_onnx.ops import library
+from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude
+from sparamx_onnx.ops import library, packing
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.ops.packing import WeightType
+from sparamx_onnx.ops.packing import Form, PackOptions, ScaleType, WeightType
 
 node = helper.make_node
 EXACT = 1e-5
@@ -47,17 +49,34 @@ def test_defaults() -> None:
         "method": "magnitude",
         "sparsity": 0.7,
         "weights": "fp32",
+        "group_size": None,
+        "scale_type": None,
         "include": ["a"],
         "exclude": [],
         "only_if_faster": False,
     }
 
 
+def test_defaults_of_int4() -> None:
+    options = ConvertOptions(weights="int4")
+    assert (options.group_size, options.scale_type) == (32, "fp16")
+    assert options.to_json()["group_size"] == 32
+    assert options.to_json()["scale_type"] == "fp16"
+    assert options.pack_options == PackOptions(WeightType.INT4, scale_type=ScaleType.FP16, group_size=32)
+    assert ConvertOptions(weights="int8").pack_options == PackOptions(WeightType.INT8)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"method": "wanda"}, "no method 'wanda'; there are auto, keep, magnitude"),
-        ({"weights": "int8"}, "packs fp32 and bf16 weights, not int8"),
+        ({"group_size": 32}, "Only int4 weights take a group size, not bf16 weights"),
+        ({"weights": "int8", "group_size": 32}, "Only int4 weights take a group size, not int8 weights"),
+        ({"weights": "int8", "scale_type": "fp16"}, "Only int4 weights take a scale type, not int8 weights"),
+        ({"weights": "int4", "group_size": 48}, "no group size 48; there are 16, 32, 64, 128, 256"),
+        ({"weights": "int4", "group_size": 0}, "no group size 0"),
+        ({"weights": "int4", "scale_type": "bf16"}, "no scale_type 'bf16'"),
+        ({"weights": "int4", "scale_type": "none"}, "int4 weights need scales; there are fp16 and fp32"),
         ({"weights": "fp64"}, "no weights 'fp64'"),
         ({"sparsity": 0.5}, "method auto keeps the weights as they are, so it takes no sparsity"),
         ({"sparsity": 1.0, "method": "magnitude"}, "at least 0 and below 1, not 1"),
@@ -94,6 +113,44 @@ def test_measured_figures_are_those_of_the_file(workbench, make_model, sparse, w
     dense = [plan.reason is Reason.PACKED_DENSE for plan in converted.plan]
     assert dense == ([True, True, False, False] if method == "keep" else [False] * 4)
     assert converted.plan.bytes_after == sum(plan.bytes_after for plan in converted.plan)
+
+
+@pytest.mark.parametrize("method", ["keep", "magnitude"])
+@pytest.mark.parametrize(
+    "options",
+    [{"weights": "int8"}, {"weights": "int4"}, {"weights": "int4", "group_size": 128, "scale_type": "fp32"}],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_quantized_weights(workbench, make_model, sparse, options, method) -> None:
+    matrices = {f"w{i}": sparse((128, 128), s) for i, s in enumerate((0.0, 0.3, 0.9))}
+    proto = _stack(make_model, matrices)
+    planned = run(ir.from_proto(proto), ConvertOptions(method=method, **options)).to_json()
+    converted = workbench.convert(proto, method=method, **options)
+    assert converted.plan.to_json() == planned
+    blobs = {i.name: numpy_helper.to_array(i) for i in onnx.load(converted.path).graph.initializer}
+    for plan, matrix in zip(converted.plan, matrices.values(), strict=True):
+        info = packing.describe(blobs[plan.packed])
+        assert plan.weight_type == info.weight_type == options["weights"]
+        assert plan.group_size == (info.group_size or None)
+        assert (plan.nnz, plan.bytes_after) == (info.nnz, info.blob_bytes)
+        assert (plan.reason is Reason.PACKED_DENSE) == (info.form is Form.DENSE)
+        # Pruned first: what was zero, or became it, is zero still.
+        wanted = prune_magnitude(matrix, 0.5) if method == "magnitude" else matrix
+        assert not packing.unpack(blobs[plan.packed])[wanted == 0].any()
+    if options["weights"] == "int4":
+        expected = (options.get("group_size", 32), options.get("scale_type", "fp16"))
+        assert (info.group_size, info.scale_type) == expected
+    again = run(ir.load(converted.path), ConvertOptions())
+    assert [(n.weight_type, n.group_size) for n in again] == [(n.weight_type, n.group_size) for n in converted.plan]
+    record = {p.key: p.value for p in converted.proto.metadata_props}
+    assert json.loads(record[pipeline.OPTIONS_KEY])["group_size"] == converted.plan.nodes[0].group_size
+
+
+def test_weights_that_cannot_be_quantized_are_named(workbench, make_model, sparse) -> None:
+    w = sparse((128, 128), 0.0)
+    w[3, 7] = np.nan
+    with pytest.raises(SparamxError, match=r"^The weight 'w1' cannot be packed as int4: .*not finite"):
+        workbench.convert(_stack(make_model, {"w0": sparse((128, 128), 0.0), "w1": w}), weights="int4")
 
 
 def test_without_measuring_the_file_completes_the_plan(workbench, make_model, sparse) -> None:
@@ -262,6 +319,8 @@ def test_the_record_in_the_model(workbench, make_model, sparse) -> None:
         "method": "magnitude",
         "sparsity": 0.5,
         "weights": "bf16",
+        "group_size": None,
+        "scale_type": None,
         "include": ["w"],
         "exclude": [],
         "only_if_faster": False,
