@@ -5,7 +5,7 @@
 // unit per 16 rows; a tile load 8 cycles. At 32 rows and more a product needs one tile load: 2 of X and 2 of weights
 // feed 4.
 //
-//   M <= 32  a tile pair is expanded one step ahead of its products, the sums stay in tiles 0-3 over all of K
+//   M <= 32  a tile pair is expanded two steps ahead of its products, the sums stay in tiles 0-3 over all of K
 //   M > 32   panels of 16 tiles x 2 strips: while every row block multiplies one panel, the next is expanded between
 //   the
 //            products, one tile per step; sums pass from panel to panel through an array on the stack
@@ -24,7 +24,9 @@ constexpr size_t kStrips = 2;       // strips of a block
 constexpr size_t kBlock = 32;       // rows of a block
 constexpr size_t kPanelTiles = 16;  // of a strip
 constexpr size_t kMaxRows = 512;    // of one job, rounded up: the size of the sums' array
-constexpr size_t kRing = 4;         // expanded tile pairs in flight for small M
+constexpr size_t kAhead = 2;        // tile pairs expanded ahead of their products for small M
+constexpr size_t kRing = 4;         // their buffers
+constexpr size_t kWarning = 8;      // steps before the end of a strip pair at which the next one is prefetched
 
 struct TileConfig {
   uint8_t palette, start_row, reserved[14];
@@ -268,6 +270,16 @@ class Feed {
   size_t next_[Strips];
 };
 
+// The walk through a strip pair leaves its second stream at the start of the pair after; the stream beside it is new to
+// the prefetchers, so its beginning is asked for before it is needed.
+SPARAMX_INLINE void PrefetchStrip(const MatMulJob& job, size_t strip) {
+  if (strip >= job.last_strip) return;
+  const Cursor start = StartOf(*job.weights, strip, job.first_run);
+  for (size_t i = 0; i < kPrefetchBytes; i += 64) Prefetch(start.values + i);
+  if (start.masks != nullptr)
+    for (size_t i = 0; i < kPrefetchBytes / 4; i += 64) Prefetch(start.masks + i);
+}
+
 template <class Kind, bool Sparse, int RowTiles, int Strips>
 void SmallStrips(const MatMulJob& job, size_t strip, size_t first, size_t last) {
   using Source = Feed<Kind, Sparse, Strips>;
@@ -278,15 +290,18 @@ void SmallStrips(const MatMulJob& job, size_t strip, size_t first, size_t last) 
   ZeroSums<RowTiles>();
   const uint8_t* x = static_cast<const uint8_t*>(job.x) + first * Kind::kMade * kTileRowBytes;
   if (!Source::kInPlace)
-    for (size_t s = 0; s < Strips; ++s) feed.Expand(s, ring[0][s]);
+    for (size_t t = 0; t < Min(kAhead, last - first); ++t)
+      for (size_t s = 0; s < Strips; ++s) feed.Expand(s, ring[t][s]);
+  const size_t warning = last - first > kWarning ? last - first - kWarning : 0;
   for (size_t t = 0; t < last - first; ++t) {
+    if (t == warning) PrefetchStrip(job, strip + 2 * kStrips - 1);
     const uint8_t *b0, *b1;
     if (Source::kInPlace) {
       b0 = feed.InPlace(0) + t * kBytes;
       b1 = feed.InPlace(Strips - 1) + t * kBytes;
     } else {
-      if (t + 1 < last - first)
-        for (size_t s = 0; s < Strips; ++s) feed.Expand(s, ring[(t + 1) % kRing][s]);
+      if (t + kAhead < last - first)
+        for (size_t s = 0; s < Strips; ++s) feed.Expand(s, ring[(t + kAhead) % kRing][s]);
       b0 = ring[t % kRing][0];
       b1 = ring[t % kRing][Strips - 1];
     }

@@ -1,6 +1,7 @@
 #include "runtime/cpu.h"
 
 #include <cpuid.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -8,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 namespace sparamx {
 namespace {
@@ -110,6 +112,15 @@ uint64_t CpuFeatures() {
 
 const std::string& AmxRefusal() {
   return DetectOnce().amx_refusal;
+}
+
+size_t CpuCount() {
+  static const size_t count = [] {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return static_cast<size_t>(CPU_COUNT(&set));
+    return static_cast<size_t>(std::thread::hardware_concurrency());
+  }();
+  return count == 0 ? 1 : count;
 }
 
 bool IsIntelCpu() {

@@ -1,6 +1,7 @@
 // Which instruction-set level to use: the only place that asks the CPU and reads SPARAMX_ISA.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -15,6 +16,9 @@ namespace sparamx {
 uint64_t CpuFeatures();
 
 bool IsIntelCpu();
+
+// Logical CPUs that this process may use. Asked once per process.
+size_t CpuCount();
 
 // All levels of this library, lowest first.
 const std::vector<const Level*>& Levels();

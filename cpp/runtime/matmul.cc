@@ -12,8 +12,11 @@ namespace {
 
 // Packed bytes below which another work item costs more than it gains: about 2 us of memory time.
 constexpr uint64_t kItemBytes = 32 * 1024;
-// More items than threads, as the host does not say how many it has and threads may be unequal.
-constexpr size_t kMaxItems = 64;
+// Work items per CPU: threads may be unequal, but every item begins with a cold stream. The host does not say how many
+// threads it has. How strips are shared out does not change a bit of the result, so it may depend on the machine.
+constexpr size_t kItemsPerCpu = 8;
+// Parts that a product with few strips is cut into along K: fixed, as it changes the order of summation.
+constexpr size_t kKParts = 16;
 // Rows per pass over the weights: a tile is expanded once for all of them. X is read again for every strip pair, so it
 // should stay in the L2.
 constexpr size_t kMaxPassRows = 512, kMinPassRows = 64;
@@ -73,7 +76,7 @@ MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
   return {false, row_bytes, RoundUp(rows, kernel.x_row_multiple) * row_bytes};
 }
 
-// Depends on the shape alone, so that neither threads nor values change the order of summation.
+// What changes the order of summation (K parts, passes) depends on the shape alone, not on threads or values.
 MatMul::Split MatMul::SplitFor(size_t rows) const {
   Split split;
   const size_t fitting = kPassBytes / std::max<size_t>(1, PackedXFor(rows).row_bytes) / kMinPassRows * kMinPassRows;
@@ -85,13 +88,11 @@ MatMul::Split MatMul::SplitFor(size_t rows) const {
       ValueBytes(weights_.type, static_cast<uint64_t>(weights_.strips) * weights_.tiles * TileWeights(weights_.type)) /
       2;
   const uint64_t work = bytes * (1 + split.pass_rows / kRowsPerByte);
-  const size_t wanted = static_cast<size_t>(std::min<uint64_t>(kMaxItems, std::max<uint64_t>(1, work / kItemBytes)));
-  const size_t most = std::max<size_t>(1, CeilDiv(weights_.strips, kStripStep));
-  split.strip_items = std::min(wanted, most);
-  if (most < wanted && split.passes == 1) {
-    const size_t parts = std::min(weights_.runs, CeilDiv(wanted, most));
-    split.k_parts = std::max<size_t>(1, parts);
-  }
+  const auto worth = static_cast<size_t>(std::max<uint64_t>(1, work / kItemBytes));
+  const size_t pairs = std::max<size_t>(1, CeilDiv(weights_.strips, kStripStep));
+  split.strip_items = std::min({worth, pairs, kItemsPerCpu * CpuCount()});
+  const size_t parts = std::min(worth, kKParts) / pairs;
+  if (split.passes == 1) split.k_parts = std::max<size_t>(1, std::min(weights_.runs, parts));
   if (weights_.type == WeightType::kInt8) split.k_parts = std::max(split.k_parts, CeilDiv(weights_.k, kMaxIntegerK));
   return split;
 }
