@@ -12,6 +12,9 @@ namespace {
 
 // Packed bytes below which another work item costs more than it gains: about 2 us of memory time.
 constexpr uint64_t kItemBytes = 32 * 1024;
+// Bytes from which on more items than CPUs pay: smaller products run in one item per CPU, so that layer after layer a CPU
+// finds the activations that it wrote itself.
+constexpr uint64_t kSpareItemBytes = 256 * 1024;
 // Work items per CPU: threads may be unequal, but every item begins with a cold stream. The host does not say how many
 // threads it has. How strips are shared out does not change a bit of the result, so it may depend on the machine.
 constexpr size_t kItemsPerCpu = 8;
@@ -90,7 +93,9 @@ MatMul::Split MatMul::SplitFor(size_t rows) const {
   const uint64_t work = bytes * (1 + split.pass_rows / kRowsPerByte);
   const auto worth = static_cast<size_t>(std::max<uint64_t>(1, work / kItemBytes));
   const size_t pairs = std::max<size_t>(1, CeilDiv(weights_.strips, kStripStep));
-  split.strip_items = std::min({worth, pairs, kItemsPerCpu * CpuCount()});
+  const size_t cpus = CpuCount();
+  const size_t spare = std::min(kItemsPerCpu * cpus, static_cast<size_t>(work / kSpareItemBytes));
+  split.strip_items = std::min({worth, pairs, std::max(cpus, spare)});
   const size_t parts = std::min(worth, kKParts) / pairs;
   if (split.passes == 1) split.k_parts = std::max<size_t>(1, std::min(weights_.runs, parts));
   if (weights_.type == WeightType::kInt8) split.k_parts = std::max(split.k_parts, CeilDiv(weights_.k, kMaxIntegerK));
