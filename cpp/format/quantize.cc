@@ -25,6 +25,8 @@ struct Columns {
   float v[kStripColumns];
 };
 
+// Squared errors, weighed by the root of the weight's magnitude: in trained layers the largest weights of a group stand
+// where activations are large, so clipping them costs more than their share of the plain sum (docs/numerics.md).
 void AddErrors(const Stage& stage, size_t column, size_t k0, size_t k1, const Columns& scale, Columns* error) {
   Columns sum = {};
   for (size_t k = k0; k < k1; ++k) {
@@ -33,7 +35,7 @@ void AddErrors(const Stage& stage, size_t column, size_t k0, size_t k1, const Co
       const float ratio = RoundToInteger(w / scale.v[n]);
       const float code = ratio < -8.0f ? -8.0f : ratio > 7.0f ? 7.0f : ratio;
       const float difference = w - code * scale.v[n];
-      sum.v[n] += difference * difference;
+      sum.v[n] += difference * difference * std::sqrt(std::fabs(w));
     }
   }
   *error = sum;
