@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 K, N = 1100, 70  # three runs along K, the last one short; five strips along N, the last one narrow
-BLOBS = [(weight_type, form) for weight_type in ("fp32", "bf16") for form in ("sparse", "dense")]
-FLIPS = 500 * (10 if os.environ.get("SPARAMX_TEST_FULL") else 1)  # for each of the four blobs
+BLOBS = [(weight_type, form) for weight_type in ("fp32", "bf16", "int8", "int4") for form in ("sparse", "dense")]
+FLIPS = 500 * (10 if os.environ.get("SPARAMX_TEST_FULL") else 1)  # for each of the blobs
 
 HEADER_BYTES, ENTRY_BYTES, NNZ_OFFSET = 128, 24, 48
 # (offset, size) of every field of docs/format.md, the reserved ones included.
@@ -76,7 +76,7 @@ def _offset_damages(blob: np.ndarray) -> Iterator[dict]:
     """Every entry of the offsets section and some of the bitmap, by one and by a lot."""
     if blob[59] != 1:
         return
-    (offsets, size), (bitmap, bitmap_size), _ = _sections(blob)
+    (offsets, size), (bitmap, bitmap_size) = _sections(blob)[:2]
     for entry in range(offsets, offsets + size, 8):
         value = int.from_bytes(blob[entry : entry + 8].tobytes(), "little")
         for other in (value + 1, value - 1, value + 2**32, 2**64 - 1, 2**63):
@@ -89,9 +89,10 @@ def _offset_damages(blob: np.ndarray) -> Iterator[dict]:
 def _flip_damages(blob: np.ndarray, seed: int) -> Iterator[dict]:
     rng = np.random.default_rng(seed)
     sections = _sections(blob)
+    has_scales = blob[58] != 0
     for number in range(FLIPS):
         # A third in the header and the tables, a third in front of the values, a third anywhere.
-        limit = (HEADER_BYTES + ENTRY_BYTES * len(sections), sections[-1][0], blob.size)[number % 3]
+        limit = (HEADER_BYTES + ENTRY_BYTES * len(sections), sections[-1 - has_scales][0], blob.size)[number % 3]
         positions = rng.choice(limit, size=rng.integers(1, 4), replace=False)
         changes = [(int(position), int(blob[position]) ^ (1 << int(rng.integers(8)))) for position in positions]
         yield damage(*changes, follow=bool(number % 2), external=number % 10 == 0)

@@ -24,7 +24,7 @@ def _session(serialized: bytes, threads: int) -> onnxruntime.InferenceSession:
     return sparamx_onnx.InferenceSession(serialized, options)
 
 
-@pytest.fixture(scope="module", params=["bf16", "fp32"])
+@pytest.fixture(scope="module", params=["bf16", "fp32", "int8", "int4"])
 def serialized(
     request: pytest.FixtureRequest, make_layer: Callable[..., object], make_model: Callable[..., onnx.ModelProto]
 ) -> list[bytes]:
