@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "format/number.h"
@@ -24,18 +25,47 @@ struct Shape {
 
 constexpr Shape kShapes[] = {{0, 0},   {0, 5},   {5, 0},    {1, 1},    {1, 17},   {31, 16},
                              {32, 15}, {33, 16}, {513, 33}, {64, 128}, {1024, 7}, {100, 100}};
-constexpr WeightType kTypes[] = {WeightType::kFp32, WeightType::kBf16};
+constexpr WeightType kTypes[] = {WeightType::kFp32, WeightType::kBf16, WeightType::kInt8, WeightType::kInt4};
 constexpr Form kForms[] = {Form::kSparse, Form::kDense};
+constexpr uint32_t kGroupSizes[] = {16, 32, 64, 128, 256};
 
-// Weights that bf16 holds exactly, `sparsity` of them zero, with a zero row, a zero column and both zeros' signs.
-std::vector<float> RandomWeights(Shape shape, double sparsity, uint32_t seed) {
+// Every type, with every group size and scale type.
+std::vector<PackOptions> AllOptions() {
+  std::vector<PackOptions> all(3);
+  all[0].type = WeightType::kFp32;
+  all[1].type = WeightType::kBf16;
+  all[2].type = WeightType::kInt8;
+  for (const ScaleType scale_type : {ScaleType::kFp16, ScaleType::kFp32}) {
+    for (const uint32_t group_size : kGroupSizes) {
+      PackOptions options;
+      options.type = WeightType::kInt4;
+      options.scale_type = scale_type;
+      options.group_size = group_size;
+      all.push_back(options);
+    }
+  }
+  return all;
+}
+
+std::string Name(const PackOptions& options, Form form) {
+  return "type " + std::to_string(static_cast<int>(options.type)) + " group size " +
+         std::to_string(options.group_size) + " scale type " + std::to_string(static_cast<int>(options.scale_type)) +
+         " form " + std::to_string(static_cast<int>(form));
+}
+
+// Weights that the type holds exactly, `sparsity` of them zero, with a zero row, a zero column and both zeros' signs.
+// Of quantized types they are the codes themselves: the largest one stands in every group, so that scales are 1.
+std::vector<float> RandomWeights(Shape shape, double sparsity, uint32_t seed, WeightType type = WeightType::kBf16) {
   std::mt19937 random(seed);
   std::uniform_real_distribution<double> chance(0, 1);
-  std::uniform_int_distribution<int> number(-128, 127);
+  std::uniform_int_distribution<int> number(type == WeightType::kInt4 ? -8 : -127, type == WeightType::kInt4 ? 7 : 127);
+  const bool quantized = type == WeightType::kInt8 || type == WeightType::kInt4;
   std::vector<float> w(shape.k * shape.n);
   for (uint64_t i = 0; i < w.size(); ++i) {
-    const bool zero = chance(random) < sparsity || i / shape.n == 3 || i % shape.n == 5;
-    w[i] = zero ? (i % 2 == 0 ? 0.0f : -0.0f) : static_cast<float>(number(random)) / 32.0f;
+    const uint64_t k = i / shape.n, n = i % shape.n;
+    const bool zero = chance(random) < sparsity || k == 3 || n == 5;
+    w[i] = zero ? (i % 2 == 0 ? 0.0f : -0.0f) : static_cast<float>(number(random)) / (quantized ? 1.0f : 32.0f);
+    if (quantized && k % 16 == 0 && n != 5 && sparsity < 1) w[i] = type == WeightType::kInt4 ? -8.0f : 127.0f;
   }
   return w;
 }
@@ -71,18 +101,24 @@ std::vector<float> MustUnpack(const Blob& blob) {
 TEST(Format, PackedWeightsComeBack) {
   for (const Shape shape : kShapes) {
     for (const double sparsity : {0.0, 0.5, 0.95, 1.0}) {
-      const std::vector<float> w = RandomWeights(shape, sparsity, 1);
-      for (const WeightType type : kTypes) {
+      for (PackOptions options : AllOptions()) {
+        const std::vector<float> w = RandomWeights(shape, sparsity, 1, options.type);
         for (const Form form : kForms) {
-          SCOPED_TRACE(testing::Message() << shape.k << " x " << shape.n << " type " << static_cast<int>(type)
-                                          << " form " << static_cast<int>(form) << " sparsity " << sparsity);
-          const Blob blob = MustPack(w, shape, type, form);
+          SCOPED_TRACE(testing::Message()
+                       << shape.k << " x " << shape.n << " " << Name(options, form) << " sparsity " << sparsity);
+          options.form = form;
+          options.threads = 2;
+          const Blob blob = MustPack(RowMajor(w, shape), options);
           PackedView view = {};
           ASSERT_EQ(Parse(blob.data(), blob.size(), &view).message, "");
           EXPECT_EQ(view.k, shape.k);
           EXPECT_EQ(view.n, shape.n);
-          EXPECT_EQ(view.type, type);
+          EXPECT_EQ(view.type, options.type);
           EXPECT_EQ(view.form, form);
+          EXPECT_EQ(view.group_size, options.group_size);
+          if (options.type == WeightType::kInt4) {
+            EXPECT_EQ(view.scale_type, options.scale_type);
+          }
           EXPECT_EQ(view.nnz, w.size() - static_cast<uint64_t>(std::count(w.begin(), w.end(), 0.0f)));
           EXPECT_EQ(MustUnpack(blob), w);  // 0 == -0
         }
@@ -95,7 +131,7 @@ TEST(Format, AutomaticFormIsTheSmaller) {
   const Shape shape = {640, 96};
   for (const WeightType type : kTypes) {
     for (const double sparsity : {0.0, 0.02, 0.04, 0.06, 0.08, 0.5}) {
-      const std::vector<float> w = RandomWeights(shape, sparsity, 2);
+      const std::vector<float> w = RandomWeights(shape, sparsity, 2, type);
       const size_t sparse = MustPack(w, shape, type, Form::kSparse).size();
       const size_t dense = MustPack(w, shape, type, Form::kDense).size();
       EXPECT_EQ(MustPack(w, shape, type, Form::kAuto).size(), std::min(sparse, dense));
@@ -105,45 +141,49 @@ TEST(Format, AutomaticFormIsTheSmaller) {
 
 TEST(Format, StridesAndThreadsDoNotChangeTheBlob) {
   const Shape shape = {130, 77};
-  const std::vector<float> w = RandomWeights(shape, 0.5, 3);
-  std::vector<float> transposed(w.size());
-  for (uint64_t k = 0; k < shape.k; ++k)
-    for (uint64_t n = 0; n < shape.n; ++n) transposed[n * shape.k + k] = w[k * shape.n + n];
-  const SourceMatrix columns = {transposed.data(), shape.k, shape.n, 1, static_cast<int64_t>(shape.k),
-                                SourceType::kFp32};
-  // The last row first: a negative stride.
-  std::vector<float> upside_down;
-  for (uint64_t k = shape.k; k-- > 0;)
-    upside_down.insert(upside_down.end(), &w[k * shape.n], &w[k * shape.n] + shape.n);
-  const SourceMatrix reversed = {&upside_down[(shape.k - 1) * shape.n], shape.k, shape.n,
-                                 -static_cast<int64_t>(shape.n),        1,       SourceType::kFp32};
+  for (const WeightType type : kTypes) {
+    const std::vector<float> w = RandomWeights(shape, 0.5, 3, type);
+    std::vector<float> transposed(w.size());
+    for (uint64_t k = 0; k < shape.k; ++k)
+      for (uint64_t n = 0; n < shape.n; ++n) transposed[n * shape.k + k] = w[k * shape.n + n];
+    const SourceMatrix columns = {transposed.data(), shape.k, shape.n, 1, static_cast<int64_t>(shape.k),
+                                  SourceType::kFp32};
+    // The last row first: a negative stride.
+    std::vector<float> upside_down;
+    for (uint64_t k = shape.k; k-- > 0;)
+      upside_down.insert(upside_down.end(), &w[k * shape.n], &w[k * shape.n] + shape.n);
+    const SourceMatrix reversed = {&upside_down[(shape.k - 1) * shape.n], shape.k, shape.n,
+                                   -static_cast<int64_t>(shape.n),        1,       SourceType::kFp32};
 
-  for (const Form form : kForms) {
-    PackOptions options;
-    options.form = form;
-    options.threads = 1;
-    const Blob expected = MustPack(RowMajor(w, shape), options);
-    for (const unsigned threads : {0u, 2u, 3u, 8u}) {
-      options.threads = threads;
-      EXPECT_EQ(MustPack(RowMajor(w, shape), options), expected) << threads << " threads";
+    for (const Form form : kForms) {
+      PackOptions options;
+      options.type = type;
+      options.form = form;
+      options.threads = 1;
+      const Blob expected = MustPack(RowMajor(w, shape), options);
+      for (const unsigned threads : {0u, 2u, 3u, 8u}) {
+        options.threads = threads;
+        EXPECT_EQ(MustPack(RowMajor(w, shape), options), expected) << threads << " threads";
+      }
+      EXPECT_EQ(MustPack(columns, options), expected);
+      EXPECT_EQ(MustPack(reversed, options), expected);
     }
-    EXPECT_EQ(MustPack(columns, options), expected);
-    EXPECT_EQ(MustPack(reversed, options), expected);
   }
 }
 
 TEST(Format, SixteenBitSources) {
   const Shape shape = {70, 40};
-  const std::vector<float> w = RandomWeights(shape, 0.5, 4);
-  std::vector<uint16_t> bf16, fp16;
-  for (const float f : w) {
-    bf16.push_back(static_cast<uint16_t>(BitsOf(f) >> 16));
-    // Multiples of 1/32 below 4 in magnitude: normal in fp16, or zero.
-    const uint32_t bits = BitsOf(f);
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    fp16.push_back(static_cast<uint16_t>((bits >> 16 & 0x8000u) | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0)));
-  }
   for (const WeightType type : kTypes) {
+    const std::vector<float> w = RandomWeights(shape, 0.5, 4, type);
+    std::vector<uint16_t> bf16, fp16;
+    for (const float f : w) {
+      bf16.push_back(static_cast<uint16_t>(BitsOf(f) >> 16));
+      // Multiples of 1/32 below 128 in magnitude: normal in fp16, or zero.
+      const uint32_t bits = BitsOf(f);
+      const uint32_t magnitude = bits & 0x7fffffffu;
+      fp16.push_back(
+          static_cast<uint16_t>((bits >> 16 & 0x8000u) | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0)));
+    }
     PackOptions options;
     options.type = type;
     const Blob expected = MustPack(RowMajor(w, shape), options);
@@ -209,8 +249,8 @@ TEST(Format, AWeightThatUnderflowsInBf16IsNotStored) {
 
 TEST(Format, AFourByteAlignedOrUnalignedBlobIsAsGood) {
   const Shape shape = {65, 33};
-  const std::vector<float> w = RandomWeights(shape, 0.5, 6);
   for (const WeightType type : kTypes) {
+    const std::vector<float> w = RandomWeights(shape, 0.5, 6, type);
     const Blob blob = MustPack(w, shape, type, Form::kSparse);
     for (const size_t shift : {1u, 4u, 63u}) {
       Blob moved(blob.size() + shift);
@@ -239,8 +279,8 @@ void ExpectHarmless(const Blob& blob) {
 
 TEST(Format, EveryHeaderAndTableByteIsCheckedOrHarmless) {
   const Shape shape = {70, 40};
-  const std::vector<float> w = RandomWeights(shape, 0.5, 7);
   for (const WeightType type : kTypes) {
+    const std::vector<float> w = RandomWeights(shape, 0.5, 7, type);
     for (const Form form : kForms) {
       const Blob blob = MustPack(w, shape, type, form);
       internal::Header header;
@@ -279,23 +319,72 @@ TEST(Format, FieldsThatNoReaderMayIgnore) {
   EXPECT_EQ(code_with(127, 1), StatusCode::kDamaged);     // reserved
 }
 
+TEST(Format, ScalesAndGroupsMustFitTheWeightType) {
+  const auto code_with = [](WeightType type, uint8_t scale_type, uint32_t group_size) {
+    Blob changed = MustPack(RandomWeights({70, 40}, 0.5, 8), {70, 40}, type, Form::kSparse);
+    changed[offsetof(internal::Header, scale_type)] = scale_type;
+    std::memcpy(changed.data() + offsetof(internal::Header, group_size), &group_size, sizeof group_size);
+    PackedView view = {};
+    return Parse(changed.data(), changed.size(), &view).code;
+  };
+  EXPECT_EQ(code_with(WeightType::kInt8, 2, 0), StatusCode::kOk);
+  EXPECT_EQ(code_with(WeightType::kInt4, 1, 32), StatusCode::kOk);
+  EXPECT_EQ(code_with(WeightType::kBf16, 2, 0), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kFp32, 0, 32), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kInt8, 1, 0), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kInt8, 2, 32), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kInt4, 0, 32), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kInt4, 3, 32), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kInt4, 2, 32), StatusCode::kDamaged);  // the section is too small for them
+  for (const uint32_t group_size : {0u, 1u, 8u, 16u, 48u, 64u, 512u, 0x80000020u})
+    EXPECT_EQ(code_with(WeightType::kInt4, 1, group_size), StatusCode::kDamaged) << group_size;
+}
+
+TEST(Format, WeightsThatCannotBeQuantizedAreRefused) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const float bad : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
+    for (const WeightType type : {WeightType::kInt8, WeightType::kInt4}) {
+      std::vector<float> w(600 * 20, 1.0f);
+      w[555 * 20 + 3] = bad;
+      PackOptions options;
+      options.type = type;
+      uint64_t size = 0;
+      EXPECT_EQ(PackedSize(RowMajor(w, {600, 20}), options, &size).code, StatusCode::kInvalidArgument);
+    }
+  }
+  const std::vector<float> large(64 * 3, 1e6f);
+  PackOptions options;
+  options.type = WeightType::kInt4;
+  uint64_t size = 0;
+  EXPECT_EQ(PackedSize(RowMajor(large, {64, 3}), options, &size).code, StatusCode::kInvalidArgument);
+  options.scale_type = ScaleType::kFp32;
+  EXPECT_EQ(MustUnpack(MustPack(RowMajor(large, {64, 3}), options)), large);
+}
+
 TEST(Format, EveryTruncationIsRefused) {
-  for (const Form form : kForms) {
-    const Blob blob = MustPack(RandomWeights({70, 40}, 0.5, 9), {70, 40}, WeightType::kBf16, form);
-    internal::Header header;
-    std::memcpy(&header, blob.data(), sizeof header);
-    internal::Section values;  // the last section
-    std::memcpy(&values, blob.data() + sizeof header + (header.section_count - 1) * sizeof values, sizeof values);
-    for (size_t size = 0; size < blob.size(); ++size) {
-      const Blob cut(blob.begin(), blob.begin() + static_cast<ptrdiff_t>(size));
-      PackedView view = {};
-      EXPECT_EQ(Parse(cut.data(), cut.size(), &view).code, StatusCode::kDamaged) << size;
-      // The same with a header that knows of the cut, so that the checks behind the size are reached.
-      if (size >= sizeof header && size < values.offset + values.size + kOverread) {
-        Blob consistent = cut;
-        const uint64_t bytes = size;  // of the type that the header has
-        std::memcpy(consistent.data() + offsetof(internal::Header, blob_bytes), &bytes, sizeof bytes);
-        EXPECT_EQ(Parse(consistent.data(), consistent.size(), &view).code, StatusCode::kDamaged) << size;
+  for (const WeightType type : kTypes) {
+    for (const Form form : kForms) {
+      SCOPED_TRACE(testing::Message() << "type " << static_cast<int>(type) << " form " << static_cast<int>(form));
+      const Blob blob = MustPack(RandomWeights({70, 40}, 0.5, 9), {70, 40}, type, form);
+      internal::Header header;
+      std::memcpy(&header, blob.data(), sizeof header);
+      uint64_t needed = 0;
+      for (uint32_t i = 0; i < header.section_count; ++i) {
+        internal::Section section;
+        std::memcpy(&section, blob.data() + sizeof header + i * sizeof section, sizeof section);
+        needed = section.offset + section.size + (section.id == internal::kValues ? kOverread : 0);
+      }
+      for (size_t size = 0; size < blob.size(); ++size) {
+        const Blob cut(blob.begin(), blob.begin() + static_cast<ptrdiff_t>(size));
+        PackedView view = {};
+        EXPECT_EQ(Parse(cut.data(), cut.size(), &view).code, StatusCode::kDamaged) << size;
+        // The same with a header that knows of the cut, so that the checks behind the size are reached.
+        if (size >= sizeof header && size < needed) {
+          Blob consistent = cut;
+          const uint64_t bytes = size;  // of the type that the header has
+          std::memcpy(consistent.data() + offsetof(internal::Header, blob_bytes), &bytes, sizeof bytes);
+          EXPECT_EQ(Parse(consistent.data(), consistent.size(), &view).code, StatusCode::kDamaged) << size;
+        }
       }
     }
   }
@@ -303,10 +392,12 @@ TEST(Format, EveryTruncationIsRefused) {
 
 TEST(Format, RandomDamageIsHarmless) {
   std::mt19937 random(10);
-  for (const WeightType type : kTypes) {
+  for (PackOptions options : AllOptions()) {
     for (const Form form : kForms) {
-      const Blob blob = MustPack(RandomWeights({200, 70}, 0.6, 11), {200, 70}, type, form);
-      for (int i = 0; i < 2000; ++i) {
+      options.form = form;
+      const std::vector<float> w = RandomWeights({200, 70}, 0.6, 11, options.type);
+      const Blob blob = MustPack(RowMajor(w, {200, 70}), options);
+      for (int i = 0; i < 1000; ++i) {
         Blob damaged = blob;
         const int changes = 1 + static_cast<int>(random() % 4);
         for (int c = 0; c < changes; ++c) {

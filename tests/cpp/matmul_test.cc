@@ -28,18 +28,21 @@ struct Case {
   Form form;
   Epilogue epilogue;
   bool bias;
+  uint32_t group_size = 0;  // of int4, 0: the default
+  ScaleType scale_type = ScaleType::kNone;
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
   return out << "M " << c.rows << " K " << c.k << " N " << c.n << " sparsity " << c.sparsity << " type "
              << static_cast<int>(c.type) << " form " << static_cast<int>(c.form) << " epilogue "
-             << static_cast<int>(c.epilogue) << " bias " << c.bias;
+             << static_cast<int>(c.epilogue) << " bias " << c.bias << " group size " << c.group_size << " scale type "
+             << static_cast<int>(c.scale_type);
 }
 
 struct Problem {
-  std::vector<float> w, x, bias;
+  std::vector<float> w, x, bias;  // w as packed
   std::vector<uint8_t> blob;
-  std::vector<double> expected, magnitude;  // magnitude: what rounding errors are relative to
+  uint32_t group_size;
 };
 
 double Activated(double x, Epilogue epilogue) {
@@ -74,29 +77,63 @@ Problem Make(const Case& c, uint32_t seed) {
   PackOptions options;
   options.type = c.type;
   options.form = c.form;
+  options.group_size = c.group_size;
+  options.scale_type = c.scale_type;
   options.threads = 1;
   uint64_t size = 0;
   EXPECT_TRUE(PackedSize(source, options, &size).ok());
   p.blob.resize(size);
   EXPECT_EQ(Pack(source, options, p.blob.data(), size).message, "");
-  const auto seen = [&](float v) { return c.type == WeightType::kBf16 ? FloatFromBf16(Bf16FromFloat(v)) : v; };
-  p.expected.assign(c.rows * c.n, 0);
-  p.magnitude.assign(c.rows * c.n, 1);
+  PackedView view = {};
+  EXPECT_EQ(Parse(p.blob.data(), size, &view).message, "");
+  Unpack(view, p.w.data(), 1);
+  p.group_size = view.group_size;
+  return p;
+}
+
+// docs/numerics.md: one scale for every `group_size` elements of a row, or for all of it where that is 0.
+std::vector<float> QuantizedX(const Case& c, const Problem& p) {
+  std::vector<float> x(p.x.size());
+  const uint64_t step = p.group_size == 0 ? c.k : p.group_size;
+  for (uint64_t m = 0; m < c.rows; ++m) {
+    for (uint64_t first = 0; first < c.k; first += step) {
+      const float* from = &p.x[m * c.k + first];
+      const uint64_t count = std::min(step, c.k - first);
+      float amax = 0;
+      for (uint64_t i = 0; i < count; ++i) amax = std::max(amax, std::fabs(from[i]));
+      for (uint64_t i = 0; i < count; ++i)
+        x[m * c.k + first + i] = amax < 0x1p-100f ? 0.0f : std::nearbyint(from[i] * (127.0f / amax)) * (amax / 127.0f);
+    }
+  }
+  return x;
+}
+
+struct Expected {
+  std::vector<double> y, magnitude;  // magnitude: what rounding errors are relative to
+};
+
+// In double precision, from the operands as the products see them.
+Expected Multiplied(const Case& c, const Problem& p, Activations activations) {
+  const auto rounded = [&](float v) { return activations == Activations::kBf16 ? FloatFromBf16(Bf16FromFloat(v)) : v; };
+  const std::vector<float> seen = activations == Activations::kInt8 ? QuantizedX(c, p) : p.x;
+  Expected e;
+  e.y.assign(c.rows * c.n, 0);
+  e.magnitude.assign(c.rows * c.n, 1);
   for (uint64_t m = 0; m < c.rows; ++m) {
     for (uint64_t k = 0; k < c.k; ++k)
       for (uint64_t n = 0; n < c.n; ++n) {
         const double product =
-            static_cast<double>(seen(p.x[m * c.k + k])) * static_cast<double>(seen(p.w[k * c.n + n]));
-        p.expected[m * c.n + n] += product;
-        p.magnitude[m * c.n + n] += std::abs(product);
+            static_cast<double>(rounded(seen[m * c.k + k])) * static_cast<double>(rounded(p.w[k * c.n + n]));
+        e.y[m * c.n + n] += product;
+        e.magnitude[m * c.n + n] += std::abs(product);
       }
     for (uint64_t n = 0; n < c.n; ++n) {
-      double& y = p.expected[m * c.n + n];
+      double& y = e.y[m * c.n + n];
       if (c.bias) y += static_cast<double>(p.bias[n]);
       y = Activated(y, c.epilogue);
     }
   }
-  return p;
+  return e;
 }
 
 struct Threads {
@@ -124,23 +161,34 @@ std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, un
   return y;
 }
 
-// The level whose kernel must run where `level` is forced.
+// The level whose kernel must run where `level` is forced: fp32 weights need nothing beyond AVX-512 without VBMI2, int8
+// and int4 have VNNI kernels from VBMI2 on and no use for BF16.
 std::string ExpectedPath(const std::string& level, WeightType type) {
-  if (type == WeightType::kBf16) return level;
-  return level == "scalar" || level == "avx2" ? level : "avx512";
+  if (type == WeightType::kBf16 || level == "scalar" || level == "avx2") return level;
+  if (type == WeightType::kFp32) return "avx512";
+  return level == "avx512" ? "avx2" : level == "avx512_bf16" ? "avx512_vbmi2" : level;
+}
+
+// AMX multiplies int4 weights as bf16 numbers.
+Activations ExpectedActivations(const std::string& path, WeightType type) {
+  return type == WeightType::kInt4 && path == "amx" ? Activations::kBf16 : DefaultActivations(type);
 }
 
 void CheckEveryLevel(const Case& c, uint32_t seed) {
   SCOPED_TRACE(testing::Message() << c);
   const Problem p = Make(c, seed);
+  Expected expected[kActivationTypes];
   for (const Level* level : Levels()) {
     if (!MissingFeatures(level->features).empty()) continue;
     SCOPED_TRACE(level->name);
     std::string path;
     const std::vector<float> y = Multiply(c, p, level->name, 1, &path);
     EXPECT_EQ(path, ExpectedPath(level->name, c.type));
+    const Activations activations = ExpectedActivations(path, c.type);
+    Expected& e = expected[static_cast<int>(activations)];
+    if (e.y.empty()) e = Multiplied(c, p, activations);
     for (size_t i = 0; i < y.size(); ++i)
-      ASSERT_NEAR(static_cast<double>(y[i]), p.expected[i], 2e-6 * p.magnitude[i])
+      ASSERT_NEAR(static_cast<double>(y[i]), e.y[i], 2e-6 * e.magnitude[i])
           << "row " << i / c.n << " column " << i % c.n;
     for (const unsigned threads : {2u, 3u, 8u}) {
       const std::vector<float> again = Multiply(c, p, level->name, threads, &path);
@@ -154,13 +202,17 @@ TEST(MatMul, EveryLevelAgreesWithDoublePrecision) {
   const bool full = std::getenv("SPARAMX_TEST_FULL") != nullptr;
   std::mt19937 random(7);
   const auto pick = [&](std::initializer_list<uint64_t> from) { return from.begin()[random() % from.size()]; };
-  for (uint32_t i = 0; i < (full ? 600u : 60u); ++i) {
+  for (uint32_t i = 0; i < (full ? 1200u : 120u); ++i) {
     Case c = {};
     c.rows = pick({1, 2, 3, 4, 5, 7, 12, 13, 16, 17, 31, 32, 33, 48, 70, 130});
     c.k = pick({1, 2, 15, 16, 17, 31, 32, 33, 63, 127, 257, 511, 512, 513, 600, 1031});
     c.n = pick({1, 2, 15, 16, 17, 31, 33, 48, 97, 160, 251});
     c.sparsity = static_cast<double>(pick({0, 30, 50, 90, 100})) / 100;
-    c.type = random() % 2 ? WeightType::kBf16 : WeightType::kFp32;
+    c.type = static_cast<WeightType>(random() % kWeightTypes);
+    if (c.type == WeightType::kInt4) {
+      c.group_size = static_cast<uint32_t>(pick({16, 32, 64, 128, 256}));
+      c.scale_type = random() % 2 ? ScaleType::kFp16 : ScaleType::kFp32;
+    }
     c.form = random() % 4 ? Form::kSparse : Form::kDense;
     c.epilogue = static_cast<Epilogue>(random() % kEpilogues);
     c.bias = random() % 2 != 0;
@@ -172,31 +224,95 @@ TEST(MatMul, EveryLevelAgreesWithDoublePrecision) {
 TEST(MatMul, ManyRowsTakeSeveralPasses) {
   CheckEveryLevel({1100, 70, 40, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, 1);
   CheckEveryLevel({300, 4100, 24, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kSilu, true}, 2);
+  CheckEveryLevel({1100, 70, 40, 0.5, WeightType::kInt8, Form::kSparse, Epilogue::kNone, true}, 11);
+  CheckEveryLevel({1100, 70, 40, 0.5, WeightType::kInt4, Form::kSparse, Epilogue::kNone, true}, 12);
 }
 
 TEST(MatMul, FewColumnsAreSplitAlongK) {
   CheckEveryLevel({1, 40000, 8, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kGelu, true}, 3);
   CheckEveryLevel({3, 20000, 33, 0.5, WeightType::kFp32, Form::kSparse, Epilogue::kNone, false}, 4);
   CheckEveryLevel({2, 20000, 33, 0.0, WeightType::kBf16, Form::kDense, Epilogue::kNone, true}, 5);
+  CheckEveryLevel({3, 20000, 33, 0.5, WeightType::kInt8, Form::kSparse, Epilogue::kNone, true}, 13);
+  CheckEveryLevel({3, 20000, 33, 0.5, WeightType::kInt4, Form::kSparse, Epilogue::kNone, true}, 14);
+  CheckEveryLevel({2, 20000, 33, 0.0, WeightType::kInt4, Form::kDense, Epilogue::kNone, true}, 15);
+}
+
+// The largest sums of int8 products that there can be: the parts along K must keep each of them inside an int32.
+TEST(MatMul, LongIntegerSumsDoNotOverflow) {
+  for (const WeightType type : {WeightType::kInt8, WeightType::kInt4}) {
+    for (const Form form : {Form::kSparse, Form::kDense}) {
+      const Case c = {1, 300000, 8, 0.0, type, form, Epilogue::kNone, false};
+      Problem p = Make({1, 8, 8, 0.0, type, form, Epilogue::kNone, false}, 16);
+      p.w.assign(c.k * c.n, 1.0f);
+      p.x.assign(c.k, 1.0f);
+      const SourceMatrix source = {p.w.data(), c.k, c.n, static_cast<int64_t>(c.n), 1, SourceType::kFp32};
+      PackOptions options;
+      options.type = type;
+      options.form = form;
+      uint64_t size = 0;
+      ASSERT_TRUE(PackedSize(source, options, &size).ok());
+      p.blob.assign(size, 0);
+      ASSERT_TRUE(Pack(source, options, p.blob.data(), size).ok());
+      for (const Level* level : Levels()) {
+        if (!MissingFeatures(level->features).empty()) continue;
+        std::string path;
+        for (const float y : Multiply(c, p, level->name, 2, &path)) EXPECT_NEAR(y, 300000.0f, 1.0f) << level->name;
+      }
+    }
+  }
+}
+
+// The checker's promise: whatever it lets pass, no kernel reads outside the blob.
+TEST(MatMul, DamageThatPassesTheCheckerIsHarmless) {
+  std::mt19937 random(17);
+  for (int t = 0; t < kWeightTypes; ++t) {
+    for (const Form form : {Form::kSparse, Form::kDense}) {
+      const Case c = {5, 600, 40, 0.5, static_cast<WeightType>(t), form, Epilogue::kNone, false};
+      const Problem p = Make(c, 18);
+      int passed = 0;
+      for (int i = 0; i < 60; ++i) {
+        Problem damaged = p;
+        for (int change = 0; change < 3; ++change)
+          damaged.blob[random() % damaged.blob.size()] ^= static_cast<uint8_t>(1u << random() % 8);
+        PackedView view = {};
+        if (!Parse(damaged.blob.data(), damaged.blob.size(), &view).ok()) continue;
+        if (view.k != c.k || view.n != c.n) continue;
+        ++passed;
+        for (const Level* level : Levels()) {
+          if (!MissingFeatures(level->features).empty()) continue;
+          std::string path;
+          EXPECT_EQ(Multiply(c, damaged, level->name, 2, &path).size(), c.rows * c.n);
+        }
+      }
+      EXPECT_GT(passed, 0);
+    }
+  }
 }
 
 TEST(MatMul, EmptySizes) {
-  CheckEveryLevel({3, 0, 20, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, 6);
-  CheckEveryLevel({0, 20, 20, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, 7);
-  CheckEveryLevel({3, 20, 0, 0.5, WeightType::kFp32, Form::kDense, Epilogue::kNone, false}, 8);
+  for (int t = 0; t < kWeightTypes; ++t) {
+    const auto type = static_cast<WeightType>(t);
+    for (const Form form : {Form::kSparse, Form::kDense}) {
+      CheckEveryLevel({3, 0, 20, 0.5, type, form, Epilogue::kNone, true}, 6);
+      CheckEveryLevel({0, 20, 20, 0.5, type, form, Epilogue::kNone, true}, 7);
+      CheckEveryLevel({3, 20, 0, 0.5, type, form, Epilogue::kNone, false}, 8);
+    }
+  }
 }
 
 // An infinite or undefined activation must reach every output of its row and none of another's.
 TEST(MatMul, NonFiniteActivationsSpoilTheirRowOnly) {
-  const Case c = {5, 100, 40, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, false};
-  for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
-    Problem p = Make(c, 9);
-    p.x[2 * c.k + 37] = bad;
-    for (const Level* level : Levels()) {
-      if (!MissingFeatures(level->features).empty()) continue;
-      std::string path;
-      const std::vector<float> y = Multiply(c, p, level->name, 2, &path);
-      for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isfinite(y[i]), i / c.n != 2) << level->name << " " << i;
+  for (int t = 0; t < kWeightTypes; ++t) {
+    const Case c = {5, 100, 40, 0.5, static_cast<WeightType>(t), Form::kSparse, Epilogue::kNone, false};
+    for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+      Problem p = Make(c, 9);
+      p.x[2 * c.k + 37] = bad;
+      for (const Level* level : Levels()) {
+        if (!MissingFeatures(level->features).empty()) continue;
+        std::string path;
+        const std::vector<float> y = Multiply(c, p, level->name, 2, &path);
+        for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isfinite(y[i]), i / c.n != 2) << level->name << " " << i;
+      }
     }
   }
 }
@@ -216,11 +332,14 @@ TEST(MatMul, DenormalActivationsCountAsZeroInBf16) {
 TEST(MatMul, TheTableNamesALevelThatThisCpuRuns) {
   const Level* best = nullptr;
   ASSERT_TRUE(ChooseLevel("auto", &best).ok());
-  for (size_t rows = 1; rows < 600; ++rows) {
-    const Kernel* kernel = ChooseKernel(*best, false, WeightType::kBf16, Activations::kBf16, rows);
-    ASSERT_NE(kernel, nullptr);
-    const Level* level = nullptr;
-    EXPECT_TRUE(ChooseLevel(kernel->path, &level).ok()) << kernel->path;
+  for (int t = 0; t < kWeightTypes; ++t) {
+    const auto type = static_cast<WeightType>(t);
+    for (size_t rows = 1; rows < 600; ++rows) {
+      const Kernel* kernel = ChooseKernel(*best, false, type, DefaultActivations(type), rows);
+      ASSERT_NE(kernel, nullptr);
+      const Level* level = nullptr;
+      EXPECT_TRUE(ChooseLevel(kernel->path, &level).ok()) << kernel->path;
+    }
   }
 }
 
