@@ -41,14 +41,16 @@ SPARAMX_INLINE void Barrier() {
 // Loads the configuration for a scope: ONNX Runtime's own kernels share the thread, so nothing may stay behind.
 class TileScope {
  public:
-  // Row tiles of X and of the sums have `first` and `second` rows; a tile of 0 rows is not configured.
-  TileScope(size_t first, size_t second) {
+  // Row tiles of X and of the sums have `first` and `second` rows; a tile of 0 rows is not configured. A step along K
+  // is `x_bytes` of a row of X, a row of weights for every 4 of them.
+  TileScope(size_t first, size_t second, size_t x_bytes = 64) {
     TileConfig config = {};
     config.palette = 1;
-    const size_t rows[8] = {first, first, second, second, first, second, 16, 16};
+    const size_t rows[8] = {first, first, second, second, first, second, x_bytes / 4, x_bytes / 4};
     for (int t = 0; t < 8; ++t) {
       config.rows[t] = static_cast<uint8_t>(rows[t]);
-      config.column_bytes[t] = rows[t] == 0 ? 0 : 64;
+      const bool of_x = t == 4 || t == 5;
+      config.column_bytes[t] = static_cast<uint16_t>(rows[t] == 0 ? 0 : of_x ? x_bytes : 64);
     }
     Barrier();
     _tile_loadconfig(&config);
@@ -398,6 +400,105 @@ void MultiplyAmx(const MatMulJob& job) {
   MultiplyAmxForm<Kind, false>(job);
 }
 
+// --- int4 with int8 activations, M <= 32: TDPBSUD over one group of K at a time
+// ----------------------------------------
+//
+// A segment (a group, or 64 of a longer one) is s / 4 rows of a weight tile and s bytes of X; a group's integer sums go
+// through L1 to fp32, scaled. Per 1024 weights, 16 rows and groups of 32: expansion 64 cycles of port 5, conversion
+// about 64 of ports 0 and 5.
+
+// sums[m][16 s ..] += ints * weight scale * activation scale, for one row tile of one strip.
+SPARAMX_INLINE void FlushInts(const int32_t* ints, size_t rows, const uint8_t* x, size_t x_row_bytes, size_t scales_at,
+                              size_t corrections_at, __m512 scales, float* sums) {
+  for (size_t m = 0; m < rows; ++m) {
+    const uint8_t* row = x + m * x_row_bytes;
+    const __m512i sum =
+        _mm512_add_epi32(_mm512_load_si512(ints + m * 16), _mm512_set1_epi32(LoadInt(row + corrections_at)));
+    const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(LoadFloat(row + scales_at)));
+    float* out = sums + m * kStrips * kStripColumns;
+    _mm512_store_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_load_ps(out)));
+  }
+}
+
+template <bool Sparse, int RowTiles, int Strips>
+void GroupStrips(const MatMulJob& job, size_t strip, size_t first, size_t last) {
+  const PackedView& w = *job.weights;
+  const QuantizedRowLayout layout = QuantizedLayout(w);
+  const size_t segment_k = Min(w.group_size, 64), tiles_per_group = w.group_size / 64;
+  alignas(64) uint8_t ring[kRing][Strips][kTileBytes];
+  alignas(64) int32_t ints[RowTiles * 2][16 * 16];
+  alignas(64) float sums[RowTiles * 16 * kStrips * kStripColumns];
+  __builtin_memset(sums, 0, sizeof sums);
+  Cursor cursors[Strips];
+  for (size_t s = 0; s < Strips; ++s) cursors[s] = StartOf(w, strip + s, job.first_run);
+  for (size_t t = 0; t < Min(kAhead, last - first); ++t)
+    for (size_t s = 0; s < Strips; ++s) ExpandCodes<true, Sparse>(&cursors[s], ring[t][s]);
+  const auto* x = static_cast<const uint8_t*>(job.x);
+  const size_t warning = last - first > kWarning ? last - first - kWarning : 0;
+  for (size_t t = 0; t < last - first; ++t) {
+    if (t == warning) PrefetchStrip(job, strip + 2 * kStrips - 1);
+    if (t + kAhead < last - first)
+      for (size_t s = 0; s < Strips; ++s) ExpandCodes<true, Sparse>(&cursors[s], ring[(t + kAhead) % kRing][s]);
+    const size_t tile = first + t;
+    for (size_t k = 0; k < 64; k += segment_k) {
+      if (tiles_per_group <= 1 || tile % tiles_per_group == 0) ZeroSums<RowTiles>();
+      const uint8_t* b0 = ring[t % kRing][0] + k * 16;
+      const uint8_t* b1 = ring[t % kRing][Strips - 1] + k * 16;
+      Barrier();
+      Products<Int8Tiles, RowTiles, Strips>(x + tile * 64 + k, job.x_row_bytes, b0, b1);
+      const size_t group = (tile * 64 + k) / w.group_size;
+      if (tiles_per_group > 1 && (tile + 1) % tiles_per_group != 0 && t + 1 < last - first) continue;
+      if (group >= w.groups) continue;  // padding
+      _tile_stored(0, ints[0], 64);
+      if (Strips == 2) _tile_stored(1, ints[1], 64);
+      if (RowTiles == 2) {
+        _tile_stored(2, ints[2 * (RowTiles - 1)], 64);
+        if (Strips == 2) _tile_stored(3, ints[2 * (RowTiles - 1) + 1], 64);
+      }
+      Barrier();
+      for (size_t s = 0; s < Strips; ++s) {
+        const uint8_t* p = ScalesOf(w, strip + s, group);
+        const __m512 scales = w.scale_type == ScaleType::kFp16
+                                  ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
+                                  : _mm512_loadu_ps(p);
+        for (size_t tile_row = 0; tile_row < RowTiles; ++tile_row)
+          FlushInts(ints[2 * tile_row + s], Min(16, job.rows - 16 * tile_row), x + 16 * tile_row * job.x_row_bytes,
+                    job.x_row_bytes, layout.scales_at + 4 * group, layout.corrections_at + 4 * group, scales,
+                    sums + (16 * tile_row * kStrips + s) * kStripColumns);
+      }
+    }
+  }
+  Deliver<Bf16Tiles>(job, strip, Strips, sums);  // the sums are fp32 already
+}
+
+template <bool Sparse, int Strips>
+void AnyGroupRows(const MatMulJob& job, size_t strip, size_t first, size_t last) {
+  if (job.rows <= 16) return GroupStrips<Sparse, 1, Strips>(job, strip, first, last);
+  GroupStrips<Sparse, 2, Strips>(job, strip, first, last);
+}
+
+template <bool Sparse>
+void MultiplyGroupsForm(const MatMulJob& whole) {
+  const PackedView& w = *whole.weights;
+  const size_t first = whole.first_run * TilesPerRun(w.type), last = Min(whole.last_run * TilesPerRun(w.type), w.tiles);
+  // Forced levels bring more rows than this way is made for: 32 at a time.
+  for (size_t m = 0; m < whole.rows; m += kBlock) {
+    MatMulJob job = whole;
+    job.rows = Min(kBlock, whole.rows - m);
+    job.x = static_cast<const uint8_t*>(whole.x) + m * whole.x_row_bytes;
+    job.y = whole.y + m * whole.y_stride;
+    const TileScope scope(Min(job.rows, 16), job.rows > 16 ? job.rows - 16 : 0, Min(w.group_size, 64));
+    size_t strip = job.first_strip;
+    for (; strip + kStrips <= job.last_strip; strip += kStrips) AnyGroupRows<Sparse, 2>(job, strip, first, last);
+    if (strip < job.last_strip) AnyGroupRows<Sparse, 1>(job, strip, first, last);
+  }
+}
+
+void MultiplyGroups(const MatMulJob& job) {
+  if (job.weights->form == Form::kSparse) return MultiplyGroupsForm<true>(job);
+  MultiplyGroupsForm<false>(job);
+}
+
 }  // namespace
 
 const Level kAmxLevel = {
@@ -407,7 +508,9 @@ const Level kAmxLevel = {
         {},
         {{}, {"amx", 16, RowBytesBf16, PackRowsBf16, MultiplyAmx<Bf16Tiles>}},
         {{}, {}, {"amx", 16, RowBytesQuantized, PackRowsQuantized, MultiplyAmx<Int8Tiles>}},
-        {{}, {}, {"amx", 16, RowBytesBf16, PackRowsBf16, MultiplyAmx<Int4Tiles>}},
+        {{},
+         {"amx", 16, RowBytesBf16, PackRowsBf16, MultiplyAmx<Int4Tiles>},
+         {"amx", 16, RowBytesQuantized, PackRowsQuantized, MultiplyGroups}},
     },
     FinishRows,
 };

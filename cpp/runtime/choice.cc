@@ -9,7 +9,8 @@ namespace {
 
 enum class Vendor { kAny, kIntel };
 
-// Where the highest level of the CPU is `best` and M lies in [first_rows, last_rows], `level` is faster.
+// Where the highest level of the CPU is `best` and M lies in [first_rows, last_rows], the kernel of `level` for
+// `kernel_activations` is faster. Where somebody forced the level, only rules that stay on it apply.
 struct Rule {
   const Level* best;
   Vendor vendor;
@@ -17,6 +18,7 @@ struct Rule {
   Activations activations;
   size_t first_rows, last_rows;
   const Level* level;
+  Activations kernel_activations;
 };
 
 constexpr size_t kAnyRows = ~static_cast<size_t>(0);
@@ -25,11 +27,15 @@ constexpr size_t kAnyRows = ~static_cast<size_t>(0);
 //  - Intel's vdpbf16ps does one product of 512 bits in 2.1 cycles, fp32 FMA two a cycle: FMA is faster at every M,
 //  although
 //    bf16 weights must be widened.
-//  - With AMX there is no rule: even one row runs faster through the tiles, which leave the vector ports to the
+//  - With AMX even one row of bf16 or int8 runs faster through the tiles, which leave the vector ports to the
 //  expansion.
+//    int4 needs its sums scaled group by group, outside the tiles: up to four rows are faster without them; from 33
+//    rows on it is cheaper to make bf16 weights of the codes once.
 const Rule kRules[] = {
-    {&kAmxLevel, Vendor::kAny, WeightType::kInt4, Activations::kInt8, 1, 8, &kAvx512Vbmi2Level},
-    {&kAvx512Bf16Level, Vendor::kIntel, WeightType::kBf16, Activations::kBf16, 1, kAnyRows, &kAvx512Vbmi2Level},
+    {&kAmxLevel, Vendor::kAny, WeightType::kInt4, Activations::kInt8, 1, 4, &kAvx512Vbmi2Level, Activations::kInt8},
+    {&kAmxLevel, Vendor::kAny, WeightType::kInt4, Activations::kInt8, 33, kAnyRows, &kAmxLevel, Activations::kBf16},
+    {&kAvx512Bf16Level, Vendor::kIntel, WeightType::kBf16, Activations::kBf16, 1, kAnyRows, &kAvx512Vbmi2Level,
+     Activations::kBf16},
 };
 
 std::string Quoted(const std::string& text) {
@@ -87,12 +93,11 @@ const Kernel* FindKernel(const Level& level, WeightType type, Activations activa
 }
 
 const Kernel* ChooseKernel(const Level& level, bool forced, WeightType type, Activations activations, size_t rows) {
-  if (!forced) {
-    for (const Rule& r : kRules) {
-      if (r.best != &level || r.type != type || r.activations != activations) continue;
-      if (r.vendor == Vendor::kIntel && !IsIntelCpu()) continue;
-      if (rows >= r.first_rows && rows <= r.last_rows) return FindKernel(*r.level, type, activations);
-    }
+  for (const Rule& r : kRules) {
+    if (r.best != &level || r.type != type || r.activations != activations) continue;
+    if (forced && r.level != &level) continue;
+    if (r.vendor == Vendor::kIntel && !IsIntelCpu()) continue;
+    if (rows >= r.first_rows && rows <= r.last_rows) return FindKernel(*r.level, type, r.kernel_activations);
   }
   return FindKernel(level, type, activations);
 }

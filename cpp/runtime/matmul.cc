@@ -12,8 +12,8 @@ namespace {
 
 // Packed bytes below which another work item costs more than it gains: about 2 us of memory time.
 constexpr uint64_t kItemBytes = 32 * 1024;
-// Bytes from which on more items than CPUs pay: smaller products run in one item per CPU, so that layer after layer a CPU
-// finds the activations that it wrote itself.
+// Bytes from which on more items than CPUs pay: smaller products run in one item per CPU, so that layer after layer a
+// CPU finds the activations that it wrote itself.
 constexpr uint64_t kSpareItemBytes = 256 * 1024;
 // Work items per CPU: threads may be unequal, but every item begins with a cold stream. The host does not say how many
 // threads it has. How strips are shared out does not change a bit of the result, so it may depend on the machine.
