@@ -169,9 +169,9 @@ std::string ExpectedPath(const std::string& level, WeightType type) {
   return level == "avx512" ? "avx2" : level == "avx512_bf16" ? "avx512_vbmi2" : level;
 }
 
-// AMX multiplies int4 weights as bf16 numbers.
-Activations ExpectedActivations(const std::string& path, WeightType type) {
-  return type == WeightType::kInt4 && path == "amx" ? Activations::kBf16 : DefaultActivations(type);
+// AMX multiplies int4 weights as bf16 numbers where there are more than 32 rows.
+Activations ExpectedActivations(const std::string& path, WeightType type, uint64_t rows) {
+  return type == WeightType::kInt4 && path == "amx" && rows > 32 ? Activations::kBf16 : DefaultActivations(type);
 }
 
 void CheckEveryLevel(const Case& c, uint32_t seed) {
@@ -184,7 +184,7 @@ void CheckEveryLevel(const Case& c, uint32_t seed) {
     std::string path;
     const std::vector<float> y = Multiply(c, p, level->name, 1, &path);
     EXPECT_EQ(path, ExpectedPath(level->name, c.type));
-    const Activations activations = ExpectedActivations(path, c.type);
+    const Activations activations = ExpectedActivations(path, c.type, c.rows);
     Expected& e = expected[static_cast<int>(activations)];
     if (e.y.empty()) e = Multiplied(c, p, activations);
     for (size_t i = 0; i < y.size(); ++i)
