@@ -81,6 +81,10 @@ Activations DefaultActivations(WeightType type) {
   return type == WeightType::kBf16 ? Activations::kBf16 : Activations::kInt8;
 }
 
+bool GoesWith(WeightType type, Activations activations) {
+  return activations == DefaultActivations(type) || (type == WeightType::kBf16 && activations == Activations::kFp32);
+}
+
 const Kernel* FindKernel(const Level& level, WeightType type, Activations activations) {
   const auto& levels = Levels();
   size_t i = levels.size();

@@ -11,6 +11,9 @@ namespace sparamx {
 // What X is rounded to unless somebody asks otherwise: fp32 for fp32 weights, bf16 for bf16, int8 for int8 and int4.
 Activations DefaultActivations(WeightType type);
 
+// Whether these activations may be asked for: on every CPU the same, whatever kernels a level has beside.
+bool GoesWith(WeightType type, Activations activations);
+
 // The kernel of a level, or, where the level has none for the combination, that of the next lower one that has. Null
 // where no level has it.
 const Kernel* FindKernel(const Level& level, WeightType type, Activations activations);

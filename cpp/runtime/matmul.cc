@@ -61,7 +61,7 @@ Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& opti
   status = ChooseLevel(options.isa, &level_, &forced_level_);
   if (!status.ok()) return status;
   activations_ = options.default_activations ? DefaultActivations(weights_.type) : options.activations;
-  if (FindKernel(*level_, weights_.type, activations_) == nullptr)
+  if (!GoesWith(weights_.type, activations_))
     return Status::Invalid("its weight type does not go with these activations");
   epilogue_ = options.epilogue;
   return {};
