@@ -12,11 +12,8 @@
 
 namespace {
 
-// The oldest runtime that has all that this library calls; headers of this version, too, are what it is built with.
-constexpr uint32_t kApiVersion = 21;
 // An entry of the session's options that says that they have the domain.
 constexpr const char* kRegistered = "com.sparamx.registered";
-static_assert(ORT_API_VERSION >= kApiVersion, "build against the ONNX Runtime 1.21 headers or newer ones");
 
 // A status can only be made by the runtime itself, through an api that it knows.
 OrtStatus* TooOld(const OrtApiBase* base) {
@@ -42,7 +39,7 @@ Ort::CustomOpDomain& Domain() {
 }  // namespace
 
 SPARAMX_ENTRY OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  const OrtApi* api = base->GetApi(kApiVersion);
+  const OrtApi* api = base->GetApi(sparamx::kApiVersion);
   if (api == nullptr) return TooOld(base);
   try {
     Ort::InitApi(api);

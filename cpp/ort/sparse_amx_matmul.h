@@ -10,6 +10,10 @@
 
 namespace sparamx {
 
+// The oldest runtime that has all that this library calls.
+constexpr uint32_t kApiVersion = 21;
+static_assert(ORT_API_VERSION >= kApiVersion, "build against the ONNX Runtime 1.21 headers or newer ones");
+
 class SparseAMXMatMulKernel {
  public:
   // Throws Ort::Exception with a sentence that names the node.
@@ -34,6 +38,9 @@ class SparseAMXMatMulKernel {
 
 struct SparseAMXMatMul : Ort::CustomOpBase<SparseAMXMatMul, SparseAMXMatMulKernel, true> {
   static constexpr size_t kX = 0, kW = 1, kB = 2, kInputs = 3;
+
+  // The interface's version, not that of the headers at hand: an older runtime refuses a newer one.
+  SparseAMXMatMul() { OrtCustomOp::version = kApiVersion; }
 
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
   const char* GetName() const { return "SparseAMXMatMul"; }
