@@ -96,8 +96,7 @@ $(OLDEST)/.installed: build/wheel/.built $(OLDEST)/.ready
 test-python: $(VENV)/.installed $(OLDEST)/.installed
 	SPARAMX_OLDEST_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest
 
-# `test-python` runs a few sessions there; this runs everything that needs no torch. The test left out has no meaning in
-# ONNX Runtime 1.21, which notices a second registration only when it creates the session.
+# `test-python` runs a few sessions there; this runs everything that needs no torch.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest tests/cli tests/graph_passes tests/ops tests/packaging tests/session
 
