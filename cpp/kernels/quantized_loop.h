@@ -99,14 +99,23 @@ template <class Isa, int SegmentRows, int Rows, int Strips, class Source>
 SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments, size_t strip, size_t first,
                                   size_t last, const uint8_t* x, typename Isa::Vec (&sums)[Rows][Strips],
                                   Source& source) {
-  constexpr int kChains = Rows * Strips == 1 ? 4 : Rows * Strips <= 3 ? 2 : 1;
+  // An expanded row comes every 4 cycles or more, and an integer product takes 5: two turns suffice, and every turn
+  // more costs an addition per segment.
+  constexpr int kChains = Rows * Strips <= 2 ? 2 : 1;
   const PackedView& w = *job.weights;
-  typename Isa::IntVec ints[Rows][Strips][kChains];
-  for (int m = 0; m < Rows; ++m)
-    for (int s = 0; s < Strips; ++s)
-      for (int c = 0; c < kChains; ++c) ints[m][s][c] = Isa::ZeroInt();
   const uint8_t* codes = x + first * 64;
   size_t segment = first * (16 / SegmentRows) / segments.tiles;
+  typename Isa::IntVec ints[Rows][Strips][kChains];
+  // Sums of a segment begin with its correction. (Padding can open a segment past K, which nothing is added to.)
+  const auto begin_segment = [&](int m) __attribute__((always_inline)) {
+    const size_t at = segments.layout.corrections_at + Min(segment, segments.layout.segments - 1) * 4;
+    const typename Isa::IntVec start = Isa::StartInt(Isa::kStoredCodes ? LoadInt(x + m * job.x_row_bytes + at) : 0);
+    for (int s = 0; s < Strips; ++s) {
+      ints[m][s][0] = start;
+      for (int c = 1; c < kChains; ++c) ints[m][s][c] = Isa::ZeroInt();
+    }
+  };
+  for (int m = 0; m < Rows; ++m) begin_segment(m);
   for (size_t tile = first; tile < last; ++tile) {
     source.BeginTile();
 #pragma GCC unroll 4
@@ -123,27 +132,21 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
                 Isa::Dot(ints[m][s][r % kChains], weights[s], codes + m * job.x_row_bytes + row * 4);
       }
       if (SegmentRows == 16 && (tile + 1) % segments.tiles != 0 && tile + 1 < last) continue;
-      // Padding can open a segment past K: there is nothing in it.
-      if (segment < segments.layout.segments) {
-        typename Isa::Vec scales[Strips];
-        for (int s = 0; s < Strips; ++s)
-          scales[s] = Isa::Scales(ScalesOf(w, strip + s, segment * segments.scale_step), segments.fp16);
-        for (int m = 0; m < Rows; ++m) {
-          const uint8_t* row = x + m * job.x_row_bytes;
-          const float x_scale = LoadFloat(row + segments.layout.scales_at + segment * segments.scale_step * 4);
-          const int32_t correction =
-              Isa::kStoredCodes ? LoadInt(row + segments.layout.corrections_at + segment * 4) : 0;
-          for (int s = 0; s < Strips; ++s) {
-            typename Isa::IntVec total = Isa::StartInt(correction);
-            for (int c = 0; c < kChains; ++c) {
-              total = Isa::AddInt(total, ints[m][s][c]);
-              ints[m][s][c] = Isa::ZeroInt();
-            }
-            sums[m][s] = Isa::Flush(sums[m][s], total, scales[s], x_scale);
-          }
-        }
-      }
+      const bool real = segment < segments.layout.segments;
+      const size_t group = segment * segments.scale_step;
       ++segment;
+      if (!real) continue;
+      typename Isa::Vec scales[Strips];
+      for (int s = 0; s < Strips; ++s) scales[s] = Isa::Scales(ScalesOf(w, strip + s, group), segments.fp16);
+      for (int m = 0; m < Rows; ++m) {
+        const float x_scale = LoadFloat(x + m * job.x_row_bytes + segments.layout.scales_at + group * 4);
+        for (int s = 0; s < Strips; ++s) {
+          typename Isa::IntVec total = ints[m][s][0];
+          for (int c = 1; c < kChains; ++c) total = Isa::AddInt(total, ints[m][s][c]);
+          sums[m][s] = Isa::Flush(sums[m][s], total, scales[s], x_scale);
+        }
+        begin_segment(m);
+      }
     }
     codes += 64;
   }
