@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""One linear layer, packed, against ONNX Runtime's fp32 MatMul and against the memory it is read from.
+"""One linear layer, packed, against ONNX Runtime's own MatMul and against the memory it is read from.
 
 Builds a model of so many equal layers that the packed weights are four times the L3 (or as many as --layers says),
-converts it, and times both models in turn, everyone else stopped. At M up to 4, where reading the weights is all the
+converts it, and times both models in turn, everyone else stopped. The other model is the dense one in fp32 or, with
+--against, what ONNX Runtime's own quantizers make of it: dynamic int8, or MatMulNBits in 4 bits (blocks of 32,
+accuracy level 4). At M up to 4, where reading the weights is all the
 work, it also times two plain loops that only read the same bytes, in the process of the converted model: `plain`
 (front to back, the hardware alone) and `prefetched` (two streams per thread with software prefetch: the faster one,
 see stream_read.cc).
@@ -62,6 +64,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", choices=sorted(TOLERANCE), default="bf16")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument(
+        "--against", choices=("fp32", "int8", "int4"), default="fp32", help="weights of the other model"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="turns of each engine")
     parser.add_argument("--folder", type=Path, default=BUILD, help="where the models lie while they are needed")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="also write all samples to this file")
@@ -73,6 +78,24 @@ def packed_layers(k: int, n: int, weights: str, sparsity: float) -> int:
     bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[weights]
     layer_bytes = k * n * min((bits * (1 - sparsity) + 1), bits) / 8
     return max(1, -int(-L3_MULTIPLE * caches.largest_cache_bytes() // layer_bytes))
+
+
+def quantized(dense: Path, weights: str, folder: Path) -> Path:
+    """The model that ONNX Runtime's own quantizers make of the dense one; itself for fp32."""
+    if weights == "fp32":
+        return dense
+    out = folder / "quantized.onnx"
+    if weights == "int8":
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(dense, out, weight_type=QuantType.QInt8, use_external_data_format=True)
+        return out
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(dense), block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
+    return out
 
 
 def blob_range(model: Path) -> tuple[Path, int, int, int]:
@@ -115,9 +138,9 @@ def relative_error(dense: rotation.Worker, packed: rotation.Worker) -> float:
     return float(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[0]))
 
 
-def report(rows: list[Row], layers: int, stored_bytes: int, read_bytes: int) -> list[dict[str, Any]]:
+def report(rows: list[Row], against: str, layers: int, stored_bytes: int, read_bytes: int) -> list[dict[str, Any]]:
     """Prints a line per M and returns the same as data."""
-    print(f"{'M':>4} {'ONNX Runtime fp32':>18} {'packed':>12} {'faster by':>24}   per layer, median ms")
+    print(f"{'M':>4} {'ONNX Runtime ' + against:>18} {'packed':>12} {'faster by':>24}   per layer, median ms")
     results = []
     for row in rows:
         medians = {"dense": rotation.median(row.dense), "packed": rotation.median(row.packed)}
@@ -166,20 +189,23 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     dense_path, packed_path = folder / "dense.onnx", folder / "packed.onnx"
     linear_stack.write(dense_path, arguments.k, arguments.n, layers, arguments.sparsity)
     sparamx_onnx.convert(dense_path, packed_path, method="keep", weights=arguments.weights)
+    other_path = quantized(dense_path, arguments.against, folder)
     data, begin, end, stored_bytes = blob_range(packed_path)
     print(f"packed weights {stored_bytes / 1e9:.2f} GB, dense {dense_bytes / 1e9:.2f} GB", flush=True)
     job = {"threads": arguments.threads, "seed": 0}
     library = str(native.build(HERE / "stream_read.cc", BUILD))
     stream = {"library": library, "data": str(data), "begin": begin, "end": end}
     with (
-        rotation.Worker(job | {"model": str(dense_path), "sparse": False, "stream": None}) as dense,
+        rotation.Worker(job | {"model": str(other_path), "sparse": False, "stream": None}) as dense,
         rotation.Worker(job | {"model": str(packed_path), "sparse": True, "stream": stream}) as packed,
     ):
         error = relative_error(dense, packed)
-        if not error <= TOLERANCE[arguments.weights]:
+        if not error <= TOLERANCE[arguments.weights] + (
+            0 if arguments.against == "fp32" else TOLERANCE[arguments.against]
+        ):
             sys.exit(f"layer.py: the packed model's output is wrong: relative error {error:.3g}")
         rows = [measure(dense, packed, m, arguments.rounds) for m in arguments.m]
-    results = report(rows, layers, stored_bytes, end - begin)
+    results = report(rows, arguments.against, layers, stored_bytes, end - begin)
     return {
         "machine": about,
         "arguments": {key: value for key, value in vars(arguments).items() if key not in ("folder", "json")},

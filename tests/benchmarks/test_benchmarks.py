@@ -41,6 +41,16 @@ def test_layer_measures_both_engines_and_the_stream(tmp_path: Path, k: int, n: i
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"], "the models must not be left behind"
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_layer_against_quantized_models(tmp_path: Path, weights: str) -> None:
+    sizes = "--k 128 --n 128 --layers 3 --m 2 --rounds 2"
+    document, printed = run(
+        "layer.py", tmp_path, *f"{sizes} --weights {weights} --against {weights} --folder {tmp_path}".split()
+    )
+    assert f"ONNX Runtime {weights}" in printed
+    assert document["results"][0]["median_seconds"]["dense"] > 0
+
+
 def test_layer_says_when_there_is_too_little_memory(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "layer.py"), "--layers=100000", f"--folder={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
