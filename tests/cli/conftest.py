@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_hear_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that; a handler they do not inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _prune(weight: np.ndarray, sparsity: float) -> np.ndarray:
