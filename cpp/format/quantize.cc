@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <iterator>
 
 #include "format/number.h"
 #include "format/stage.h"
@@ -16,57 +17,71 @@ float Rounded(float scale, ScaleType type) {
 }
 
 // Candidates for an int4 scale, as multiples of the weight of largest magnitude, sign included. -1/8 uses the whole
-// range; 1/7 is the symmetric choice; the rest clip the largest weight a little for the sake of the others.
+// range and is what others take; 1/7 is the symmetric choice; the rest clip the largest weight a little for the sake of
+// the others.
 constexpr float kInt4Candidates[] = {-1 / 8.0f, -1 / 7.8f, -1 / 7.55f, -1 / 8.3f,
                                      -1 / 8.6f, -1 / 9.0f, 1 / 7.0f,   1 / 7.4f};
+// A candidate may cost the large weights so many times what the first one costs them.
+constexpr float kLargeWeightsTolerance = 1.5f;
+constexpr size_t kLargestGroup = 256;  // IsGroupSize
 
 // For 16 columns at once, of which the compiler makes vector code.
 struct Columns {
   float v[kStripColumns];
 };
 
-// Squared errors, weighed by the root of the weight's magnitude: in trained layers the largest weights of a group stand
-// where activations are large, so clipping them costs more than their share of the plain sum (docs/numerics.md).
-void AddErrors(const Stage& stage, size_t column, size_t k0, size_t k1, const Columns& scale, Columns* error) {
-  Columns sum = {};
+// The squared errors that a scale leaves in a group, summed with two weightings of the weights.
+struct GroupErrors {
+  Columns by_root;    // the root of the magnitude: what the best candidate has least of
+  Columns by_square;  // the square, which the largest weights dominate
+};
+
+GroupErrors ErrorsOf(const Stage& stage, size_t column, size_t k0, size_t k1, const Columns* roots,
+                     const Columns& scale) {
+  GroupErrors errors = {};
   for (size_t k = k0; k < k1; ++k) {
     for (size_t n = 0; n < kStripColumns; ++n) {
       const float w = stage.w[k][column + n];
       const float ratio = RoundToInteger(w / scale.v[n]);
       const float code = ratio < -8.0f ? -8.0f : ratio > 7.0f ? 7.0f : ratio;
-      const float difference = w - code * scale.v[n];
-      sum.v[n] += difference * difference * std::sqrt(std::fabs(w));
+      const float difference = w - code * scale.v[n], square = difference * difference;
+      errors.by_root.v[n] += square * roots[k - k0].v[n];
+      errors.by_square.v[n] += square * (w * w);
     }
   }
-  *error = sum;
+  return errors;
 }
 
-// The scales of one group of K of one strip.
+// The scales of one group of K of one strip. In trained layers the largest weights of a group may be those that meet
+// the largest activations, so the plain sum of squared errors would clip them too readily (docs/numerics.md).
 void Int4GroupScales(const Stage& stage, size_t column, size_t k0, size_t k1, ScaleType type, float* scales) {
-  Columns largest = {};
+  Columns largest = {}, roots[kLargestGroup];
   for (size_t k = k0; k < k1; ++k)
     for (size_t n = 0; n < kStripColumns; ++n) {
       const float w = stage.w[k][column + n];
       largest.v[n] = std::fabs(w) > std::fabs(largest.v[n]) ? w : largest.v[n];
+      roots[k - k0].v[n] = std::sqrt(std::fabs(w));
     }
-  Columns best_error;
+  Columns best_error, limit;
   for (size_t n = 0; n < kStripColumns; ++n) {
-    best_error.v[n] = INFINITY;
+    best_error.v[n] = limit.v[n] = INFINITY;
     // Stays where no candidate has a finite error: infinite if it is beyond the scale type, which the caller refuses.
     const float first = Rounded(largest.v[n] * kInt4Candidates[0], type);
     scales[n] = first == 0.0f ? 0.0f : first;
   }
-  for (const float candidate : kInt4Candidates) {
-    Columns rounded, divisor, error;
+  for (size_t i = 0; i < std::size(kInt4Candidates); ++i) {
+    Columns rounded, divisor;
     for (size_t n = 0; n < kStripColumns; ++n) {
-      rounded.v[n] = Rounded(largest.v[n] * candidate, type);
+      rounded.v[n] = Rounded(largest.v[n] * kInt4Candidates[i], type);
       divisor.v[n] = rounded.v[n] == 0.0f ? 1.0f : rounded.v[n];
     }
-    AddErrors(stage, column, k0, k1, divisor, &error);
+    const GroupErrors errors = ErrorsOf(stage, column, k0, k1, roots, divisor);
     for (size_t n = 0; n < kStripColumns; ++n) {
-      const bool better = rounded.v[n] != 0.0f && error.v[n] < best_error.v[n];
-      best_error.v[n] = better ? error.v[n] : best_error.v[n];
+      const bool better =
+          rounded.v[n] != 0.0f && errors.by_root.v[n] < best_error.v[n] && errors.by_square.v[n] <= limit.v[n];
+      best_error.v[n] = better ? errors.by_root.v[n] : best_error.v[n];
       scales[n] = better ? rounded.v[n] : scales[n];
+      if (i == 0 && better) limit.v[n] = kLargeWeightsTolerance * errors.by_square.v[n];
     }
   }
 }

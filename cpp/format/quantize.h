@@ -9,8 +9,8 @@ namespace sparamx {
 namespace internal {
 
 // Scales as [strips][groups][16], already rounded to the scale type. int8: the largest magnitude of an output / 127.
-// int4: for every group the one of several candidates that leaves the smallest squared error, weighed by the root of
-// the weight's magnitude. Fails on weights that are not finite. Empty for types without scales.
+// int4: for every group the one of several candidates that leaves the smallest squared error, as
+// docs/numerics.md weighs it. Fails on weights that are not finite. Empty for types without scales.
 Status ComputeScales(const SourceMatrix& source, const PackedView& geometry, unsigned threads,
                      std::vector<float>* scales);
 

@@ -148,7 +148,7 @@ def test_int8_is_as_accurate_as_dynamic_quantization(check: Callable[..., None],
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("group_size", [16, 32, 128])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
 def test_int4_is_as_accurate_as_matmul_nbits(check: Callable[..., None], group_size: int) -> None:
     def nbits(dense: Path, quantized: Path) -> None:
         model = onnx.load(dense)
