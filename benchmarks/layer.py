@@ -4,10 +4,9 @@
 Builds a model of so many equal layers that the packed weights are four times the L3 (or as many as --layers says),
 converts it, and times both models in turn, everyone else stopped. The other model is the dense one in fp32 or, with
 --against, what ONNX Runtime's own quantizers make of it: dynamic int8, or MatMulNBits in 4 bits (blocks of 32,
-accuracy level 4). At M up to 4, where reading the weights is all the
-work, it also times two plain loops that only read the same bytes, in the process of the converted model: `plain`
-(front to back, the hardware alone) and `prefetched` (two streams per thread with software prefetch: the faster one,
-see stream_read.cc).
+accuracy level 4). At M up to 4, where reading the weights is all the work, it also times two plain loops that only
+read the same bytes, in the process of the converted model: `plain` (front to back, the hardware alone) and `prefetched`
+(two streams per thread with software prefetch: the faster one, see stream_read.cc).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _show_minilm(folder: Path, sentence_count: int, rounds: int) -> None:
         inputs = folder / "inputs.npz"
         np.savez(inputs, **tokens)  # type: ignore[arg-type, unused-ignore]
         name = f"time of a batch, {count} x {tokens['input_ids'].shape[1]} tokens"
-        _say(f"timing {name}")
+        _say(f"measuring the {name}")
         timings[name] = [
             sparamx_onnx.bench(variant.path, original, inputs=inputs, rounds=rounds) for variant in variants
         ]
@@ -195,10 +195,12 @@ def _rows_of(
         ["  of it since before loading", *(size(timing.model_pss) for timing in memory)],
     ]
     for name, benchmarks in timings.items():
-        cells = [duration(benchmarks[0].timings[1].median)]
+        # Only times of one run, in which both models took turns, can be compared: each cell has both of its own.
+        cells = []
         for benchmark in benchmarks:
-            cells.append(f"{duration(benchmark.timings[0].median)}, {benchmark.ratio:.2f}x")
-        rows.append([name, *cells])
+            converted, dense = (duration(timing.median) for timing in benchmark.timings)
+            cells.append(f"{dense} -> {converted}, {benchmark.ratio:.2f}x")
+        rows.append([name, "", *cells])
     return rows
 
 
