@@ -1,6 +1,6 @@
 """The worker process of `layer.py`: one model in one ONNX Runtime session, and streaming reads of the same weights.
 
-The parent (see rotation.py) sends one JSON object per line and gets one back:
+The parent (see rotation.py), whose process id is the only argument, sends one JSON object per line and gets one back:
 
 - first the job, answered when the model is loaded: {"model", "sparse", "threads", "seed", "stream"}, where "stream" is
   null or {"library", "data", "begin", "end"};
@@ -16,6 +16,7 @@ import functools
 import json
 import mmap
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ import onnxruntime
 
 import sparamx_onnx
 
+_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.02
 _IDLE_SHARE = 0.05
 _LONGEST_WAIT_SECONDS = 5.0
@@ -61,7 +63,15 @@ def _wait_until_idle() -> None:
     raise RuntimeError("the threads of the session do not come to rest, so a streaming read cannot be timed")
 
 
+def _die_with_parent(parent: int) -> None:
+    """Asks the kernel to end this process with its parent, which reaches it even while it is stopped."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os._exit(1)
+
+
 def main() -> None:
+    _die_with_parent(int(sys.argv[1]))
     # Whatever libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -219,6 +219,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse()
+    rotation.clean_up_when_terminated()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         document = run(arguments, Path(folder))

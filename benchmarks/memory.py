@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT.json")
     parser.add_argument("--folder", type=Path, default=BUILD)
     arguments = parser.parse_args()
+    rotation.clean_up_when_terminated()
     about = machine.describe()
     print(machine.headline(about))
     layers = max(1, round(arguments.gb * 1e9 / (K * N * 4)))

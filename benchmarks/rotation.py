@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
 
 
 class Worker:
@@ -20,7 +21,7 @@ class Worker:
     def __init__(self, job: dict[str, Any]) -> None:
         self._name = str(job["model"])
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("engine.py"))],
+            [sys.executable, str(Path(__file__).with_name("engine.py")), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,3 +82,12 @@ def ratio(numerator: list[list[float]], denominator: list[list[float]]) -> tuple
     """Ratio of the medians of all samples, and the quartiles of the ratios of each turn's medians."""
     turns = [statistics.median(a) / statistics.median(b) for a, b in zip(numerator, denominator, strict=True)]
     return median(numerator) / median(denominator), quartiles(turns)
+
+
+def clean_up_when_terminated() -> None:
+    """Makes SIGTERM an exception, so that what a benchmark has written is removed as after Ctrl-C."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)

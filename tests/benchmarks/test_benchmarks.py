@@ -1,8 +1,10 @@
 """The benchmarks run, on models too small to say anything about speed, and what they write adds up."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,38 @@ def test_layer_against_quantized_models(tmp_path: Path, weights: str) -> None:
     )
     assert f"ONNX Runtime {weights}" in printed
     assert document["results"][0]["median_seconds"]["dense"] > 0
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_an_interrupted_benchmark(tmp_path: Path, signal_number: signal.Signals) -> None:
+    command = [sys.executable, str(BENCHMARKS / "layer.py"), f"--folder={tmp_path}"]
+    command += ["--k=64", "--n=64", "--layers=2", "--m=1", "--rounds=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process:
+        while not process.stdout.readline().startswith("packed weights"):
+            assert process.poll() is None
+        workers: list[Path] = []
+        deadline = time.monotonic() + 60
+        while len(workers) < 2:
+            assert time.monotonic() < deadline
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            workers = [Path("/proc") / child for child in children if b"engine.py" in _command_line(child)]
+        process.send_signal(signal_number)
+        assert process.wait(30) == (143 if signal_number == signal.SIGTERM else -signal.SIGKILL)
+    while any(b"engine.py" in _command_line(worker.name) for worker in workers):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.05)
+    if signal_number == signal.SIGTERM:
+        assert not list(tmp_path.iterdir())
+
+
+def _command_line(process: str) -> bytes:
+    """Empty once the process has ended."""
+    try:
+        return (Path("/proc") / process / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def test_layer_says_when_there_is_too_little_memory(tmp_path: Path) -> None:
