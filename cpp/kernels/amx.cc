@@ -64,6 +64,21 @@ class TileScope {
 // --- What differs between weight types: how tiles come about, which product takes them, what sums mean
 // -----------------
 
+// The four products of a step; the tile numbers are part of the instructions.
+#define SPARAMX_PRODUCTS(product)         \
+  static SPARAMX_INLINE void Product0() { \
+    product(0, 4, 6);                     \
+  }                                       \
+  static SPARAMX_INLINE void Product1() { \
+    product(1, 4, 7);                     \
+  }                                       \
+  static SPARAMX_INLINE void Product2() { \
+    product(2, 5, 6);                     \
+  }                                       \
+  static SPARAMX_INLINE void Product3() { \
+    product(3, 5, 7);                     \
+  }
+
 struct Bf16Tiles {
   static constexpr size_t kMade = 1;  // tiles that one packed tile becomes
   static constexpr bool kDenseInPlace = true;
@@ -72,23 +87,8 @@ struct Bf16Tiles {
   static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Cursor* walk, uint8_t* out) {
     ExpandWords<Sparse>(walk, out);
   }
-#define SPARAMX_PRODUCT(sum, x, w) _tile_dpbf16ps(sum, x, w)
-  static SPARAMX_INLINE void Product0() {
-    SPARAMX_PRODUCT(0, 4, 6);
-  }
-  static SPARAMX_INLINE void Product1() {
-    SPARAMX_PRODUCT(1, 4, 7);
-  }
-  static SPARAMX_INLINE void Product2() {
-    SPARAMX_PRODUCT(2, 5, 6);
-  }
-  static SPARAMX_INLINE void Product3() {
-    SPARAMX_PRODUCT(3, 5, 7);
-  }
-#undef SPARAMX_PRODUCT
-  static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) {
-    return sum;
-  }
+  SPARAMX_PRODUCTS(_tile_dpbf16ps)
+  static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) { return sum; }
 };
 
 struct Int8Tiles {
@@ -99,20 +99,7 @@ struct Int8Tiles {
   static SPARAMX_INLINE void Expand(const PackedView&, size_t, size_t, Cursor* walk, uint8_t* out) {
     ExpandCodes<false, Sparse>(walk, out);
   }
-#define SPARAMX_PRODUCT(sum, x, w) _tile_dpbsud(sum, x, w)
-  static SPARAMX_INLINE void Product0() {
-    SPARAMX_PRODUCT(0, 4, 6);
-  }
-  static SPARAMX_INLINE void Product1() {
-    SPARAMX_PRODUCT(1, 4, 7);
-  }
-  static SPARAMX_INLINE void Product2() {
-    SPARAMX_PRODUCT(2, 5, 6);
-  }
-  static SPARAMX_INLINE void Product3() {
-    SPARAMX_PRODUCT(3, 5, 7);
-  }
-#undef SPARAMX_PRODUCT
+  SPARAMX_PRODUCTS(_tile_dpbsud)
   static __m512 Result(const MatMulJob& job, size_t strip, size_t m, __m512 sum) {
     const PackedView& w = *job.weights;
     const QuantizedRowLayout layout = QuantizedLayout(w);
@@ -169,12 +156,11 @@ struct Int4Tiles {
       }
     }
   }
-  static SPARAMX_INLINE void Product0() { Bf16Tiles::Product0(); }
-  static SPARAMX_INLINE void Product1() { Bf16Tiles::Product1(); }
-  static SPARAMX_INLINE void Product2() { Bf16Tiles::Product2(); }
-  static SPARAMX_INLINE void Product3() { Bf16Tiles::Product3(); }
+  SPARAMX_PRODUCTS(_tile_dpbf16ps)
   static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) { return sum; }
 };
+
+#undef SPARAMX_PRODUCTS
 
 // --- One step along K: weights from b0 and b1, rows from x, into the sums
 // ----------------------------------------------

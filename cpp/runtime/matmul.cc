@@ -33,7 +33,8 @@ constexpr size_t kMaxIntegerK = 128 * 1024;
 // Activations above which packing them is shared among threads.
 constexpr size_t kSerialPackElements = 32 * 1024;
 
-size_t PowerOfTwoStride(size_t bytes) {
+// Rows a power of two apart would fall into the same few cache sets.
+size_t UnaliasedStride(size_t bytes) {
   return bytes % 1024 == 0 ? bytes + 64 : bytes;
 }
 
@@ -75,7 +76,7 @@ MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
   const Kernel& kernel = KernelFor(rows);
   const bool whole_tiles = weights_.k % TileK(weights_.type) == 0;
   if (activations_ == Activations::kFp32 && whole_tiles) return {true, weights_.k * sizeof(float), 0};
-  const size_t row_bytes = PowerOfTwoStride(RoundUp(kernel.x_row_bytes(weights_), 64));
+  const size_t row_bytes = UnaliasedStride(RoundUp(kernel.x_row_bytes(weights_), 64));
   return {false, row_bytes, RoundUp(rows, kernel.x_row_multiple) * row_bytes};
 }
 
