@@ -1,109 +1,13 @@
 #include "ort/sparse_amx_matmul.h"
 
-#include <cstring>
 #include <exception>
 #include <vector>
 
 namespace sparamx {
 namespace {
 
-// Scratch up to this size is taken from the stack: a call of the allocator costs more than a small product.
-constexpr size_t kStackScratch = 16 * 1024;
-
 constexpr const char* kEpilogueNames[kEpilogues] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 constexpr const char* kActivationsNames[kActivationTypes] = {"fp32", "bf16", "int8"};
-
-// Absent attributes take the default. ONNX Runtime 1.21 and 1.22 count the terminator as part of a string.
-std::string StringAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* absent) {
-  size_t size = 0;
-  Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &size));
-  if (size == 0) return absent;
-  std::string value(size, '\0');
-  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info, name, value.data(), &size));
-  return value.c_str();
-}
-
-int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name) {
-  int64_t value = 0;
-  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value));
-  return value;
-}
-
-// A tensor in the kernel's hands; `data` is null for an absent optional input.
-struct Tensor {
-  const void* data = nullptr;
-  std::vector<int64_t> shape;
-  size_t elements = 0;
-};
-
-Tensor Read(const OrtApi& api, const OrtValue* value) {
-  Tensor tensor;
-  if (value == nullptr) return tensor;
-  OrtTensorTypeAndShapeInfo* raw = nullptr;
-  Ort::ThrowOnError(api.GetTensorTypeAndShape(value, &raw));
-  const Ort::TensorTypeAndShapeInfo info(raw);
-  size_t rank = 0;
-  Ort::ThrowOnError(api.GetDimensionsCount(raw, &rank));
-  tensor.shape.resize(rank);
-  Ort::ThrowOnError(api.GetDimensions(raw, tensor.shape.data(), rank));
-  Ort::ThrowOnError(api.GetTensorShapeElementCount(raw, &tensor.elements));
-  void* data = nullptr;
-  Ort::ThrowOnError(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-  // An empty tensor may have no address, but it is there.
-  static const char empty = 0;
-  tensor.data = data == nullptr ? &empty : data;
-  return tensor;
-}
-
-struct Host {
-  const OrtApi* api;
-  const OrtKernelContext* context;
-  static void ParallelRun(void* host, size_t count, void (*body)(void*, size_t), void* user) {
-    const Host& self = *static_cast<const Host*>(host);
-    OrtStatus* status = self.api->KernelContext_ParallelFor(self.context, body, count, 0, user);
-    if (status == nullptr) return;
-    self.api->ReleaseStatus(status);  // refused before it began: nothing has run yet
-    for (size_t i = 0; i < count; ++i) body(user, i);
-  }
-};
-
-// The session's allocator, for one call.
-class Scratch {
- public:
-  Scratch(const OrtApi& api, OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes) : api_(api) {
-    if (bytes <= kStackScratch) return;
-    Ort::ThrowOnError(api.KernelContext_GetAllocator(context, memory, &allocator_));
-    allocated_ = allocator_->Alloc(allocator_, bytes + 64);
-    if (allocated_ == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() {
-    if (allocated_ != nullptr) allocator_->Free(allocator_, allocated_);
-    if (allocator_ != nullptr) api_.ReleaseAllocator(allocator_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  void* get() {
-    if (allocated_ == nullptr) return stack_;
-    return reinterpret_cast<void*>(RoundUp(reinterpret_cast<uintptr_t>(allocated_), 64));
-  }
-
- private:
-  const OrtApi& api_;
-  OrtAllocator* allocator_ = nullptr;
-  void* allocated_ = nullptr;
-  alignas(64) uint8_t stack_[kStackScratch];
-};
-
-OrtStatus* StatusOf(const std::exception& e) {
-  return Ort::GetApi().CreateStatus(ORT_FAIL, e.what());
-}
-
-std::string ShapeText(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
 
 }  // namespace
 

@@ -6,13 +6,10 @@
 
 #include <onnxruntime_cxx_api.h>
 
+#include "ort/host.h"
 #include "runtime/matmul.h"
 
 namespace sparamx {
-
-// The oldest runtime that has all that this library calls.
-constexpr uint32_t kApiVersion = 21;
-static_assert(ORT_API_VERSION >= kApiVersion, "build against the ONNX Runtime 1.21 headers or newer ones");
 
 class SparseAMXMatMulKernel {
  public:

@@ -1,0 +1,92 @@
+#include "ort/host.h"
+
+#include <new>
+
+#include "format/layout.h"
+
+namespace sparamx {
+
+// ONNX Runtime 1.21 and 1.22 count the terminator as part of a string.
+std::string StringAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* absent) {
+  size_t size = 0;
+  Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &size));
+  if (size == 0) return absent;
+  std::string value(size, '\0');
+  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info, name, value.data(), &size));
+  return value.c_str();
+}
+
+int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name) {
+  int64_t value = 0;
+  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value));
+  return value;
+}
+
+int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t absent) {
+  int64_t value = 0;
+  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value));
+  return status.IsOK() ? value : absent;
+}
+
+float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float absent) {
+  float value = 0;
+  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_float(info, name, &value));
+  return status.IsOK() ? value : absent;
+}
+
+Tensor Read(const OrtApi& api, const OrtValue* value) {
+  Tensor tensor;
+  if (value == nullptr) return tensor;
+  OrtTensorTypeAndShapeInfo* raw = nullptr;
+  Ort::ThrowOnError(api.GetTensorTypeAndShape(value, &raw));
+  const Ort::TensorTypeAndShapeInfo info(raw);
+  size_t rank = 0;
+  Ort::ThrowOnError(api.GetDimensionsCount(raw, &rank));
+  tensor.shape.resize(rank);
+  Ort::ThrowOnError(api.GetDimensions(raw, tensor.shape.data(), rank));
+  Ort::ThrowOnError(api.GetTensorElementType(raw, &tensor.type));
+  Ort::ThrowOnError(api.GetTensorShapeElementCount(raw, &tensor.elements));
+  void* data = nullptr;
+  Ort::ThrowOnError(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  // An empty tensor may have no address, but it is there.
+  static const char empty = 0;
+  tensor.data = data == nullptr ? &empty : data;
+  return tensor;
+}
+
+std::string ShapeText(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+void Host::ParallelRun(void* host, size_t count, void (*body)(void*, size_t), void* user) {
+  const Host& self = *static_cast<const Host*>(host);
+  OrtStatus* status = self.api->KernelContext_ParallelFor(self.context, body, count, 0, user);
+  if (status == nullptr) return;
+  self.api->ReleaseStatus(status);  // refused before it began: nothing has run yet
+  for (size_t i = 0; i < count; ++i) body(user, i);
+}
+
+Scratch::Scratch(const OrtApi& api, OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes) : api_(api) {
+  if (bytes <= kOnStack) return;
+  Ort::ThrowOnError(api.KernelContext_GetAllocator(context, memory, &allocator_));
+  allocated_ = allocator_->Alloc(allocator_, bytes + 64);
+  if (allocated_ == nullptr) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() {
+  if (allocated_ != nullptr) allocator_->Free(allocator_, allocated_);
+  if (allocator_ != nullptr) api_.ReleaseAllocator(allocator_);
+}
+
+void* Scratch::get() {
+  if (allocated_ == nullptr) return stack_;
+  return reinterpret_cast<void*>(RoundUp(reinterpret_cast<uintptr_t>(allocated_), 64));
+}
+
+OrtStatus* StatusOf(const std::exception& e) {
+  return Ort::GetApi().CreateStatus(ORT_FAIL, e.what());
+}
+
+}  // namespace sparamx
