@@ -131,8 +131,8 @@ _CHUNK = 1 << 18
 def expected_size(k: int, n: int, nnz: int, weight_type: WeightType, form: Form = Form.AUTO) -> tuple[int, Form]:
     """The size of the blob of a matrix that one need not have: from its shape and its number of non-zeros alone.
 
-    For int4 weights these do not determine it: their rows begin at whole bytes, so the size depends on where the
-    non-zeros are. ``packed_size`` knows.
+    For int4 weights these do not determine it: two codes share a byte (docs/format.md), so the size depends on where
+    the non-zeros are. ``packed_size`` knows.
 
     Args:
         k: Rows.

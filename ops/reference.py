@@ -181,21 +181,23 @@ def unpack_blob(blob: bytes) -> npt.NDArray[np.float32]:
         bits = np.unpackbits(_section(blob, header, SECTION_BITMAP), bitorder="little").astype(bool)
         if bits.size != math.prod(shape):
             raise SparamxError("The bitmap of the packed weight has the wrong size.")
-        rows = bits.reshape(-1, header.row_weights)
-        counts = _values_of_rows(rows, header)
+        halves = bits.reshape(-1, 2, TILE_ROWS // 2 * header.row_weights)
+        counts = _values_of_tiles(halves, header)
         _check_offsets(_section(blob, header, SECTION_OFFSETS).view("<u8"), counts, header)
         values = _decode(stored, header)
         if values.size != counts.sum() or np.count_nonzero(bits) != header.nnz:
             raise SparamxError("The packed weight does not hold as many values as its bitmap says.")
         starts = np.cumsum(counts) - counts
-        # The number of a value is where its row starts plus the number of bits before it in the row.
-        places = (starts[:, None] + np.cumsum(rows, axis=1) - 1)[rows]
+        places = (starts[:, None, None] + _places_in_tile(halves, header))[halves]
         tiles = np.zeros(bits.size, np.float32)
         tiles[bits] = values[places]
     else:
-        tiles = _decode(stored, header)
-        if tiles.size != math.prod(shape):
+        values = _decode(stored, header)
+        if values.size != math.prod(shape):
             raise SparamxError("The values of the packed weight have the wrong size.")
+        halves = np.ones((header.strips * header.tiles, 2, TILE_ROWS // 2 * header.row_weights), bool)
+        by_tile = (len(halves), TILE_ROWS * header.row_weights)
+        tiles = np.take_along_axis(values.reshape(by_tile), _places_in_tile(halves, header).reshape(by_tile), axis=1)
     # [strip, tile, row, column, part] -> k = (tile, row, part), n = (strip, column)
     padded = tiles.reshape(shape).transpose(1, 2, 4, 0, 3).reshape(header.tiles * header.tile_k, header.strips * STRIP)
     return np.ascontiguousarray(padded[: header.k] * _scales(blob, header))[:, : header.n].copy()
@@ -219,12 +221,27 @@ def _decode(stored: npt.NDArray[np.uint8], header: BlobHeader) -> npt.NDArray[np
     return codes.astype(np.float32) - np.float32(_CODE_OF_ZERO[header.weight_type])
 
 
-def _values_of_rows(bits: npt.NDArray[np.bool_], header: BlobHeader) -> npt.NDArray[np.int64]:
-    """How many values every tile row stores: int4 rows begin at a whole byte, so an odd count has one to fill up."""
-    counts: npt.NDArray[np.int64] = bits.sum(axis=1, dtype=np.int64)
+def _values_of_tiles(halves: npt.NDArray[np.bool_], header: BlobHeader) -> npt.NDArray[np.int64]:
+    """How many codes every tile takes up: of int4, the fuller half counts twice, as two codes share a byte.
+
+    Args:
+        halves: The bits of a tile's upper and lower eight rows [tiles, 2, weights of a half].
+        header: The header.
+    """
+    counts: npt.NDArray[np.int64] = halves.sum(axis=2, dtype=np.int64)
+    return 2 * counts.max(axis=1) if header.weight_type == _INT4 else counts.sum(axis=1)
+
+
+def _places_in_tile(halves: npt.NDArray[np.bool_], header: BlobHeader) -> npt.NDArray[np.int64]:
+    """The number of every stored weight's code, counted from the first of its tile; arguments as above.
+
+    A weight's code comes after those of the bits before it; of int4, the codes of the two halves alternate.
+    """
+    before = np.cumsum(halves, axis=2, dtype=np.int64) - 1
     if header.weight_type == _INT4:
-        counts += counts % 2
-    return counts
+        return 2 * before + np.arange(2)[None, :, None]
+    before[:, 1] += halves[:, 0].sum(axis=1, dtype=np.int64)[:, None]
+    return before
 
 
 def _scales(blob: bytes, header: BlobHeader) -> npt.NDArray[np.float32]:
@@ -243,8 +260,8 @@ def _scales(blob: bytes, header: BlobHeader) -> npt.NDArray[np.float32]:
 
 
 def _check_offsets(offsets: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64], header: BlobHeader) -> None:
-    """Raises unless every offset is the number of values before its run, padding of int4 rows included."""
-    tile_counts = counts.reshape(header.strips, header.tiles, TILE_ROWS).sum(axis=2).astype(np.uint64)
+    """Raises unless every offset is the number of codes before its run, which int4 tiles may fill up."""
+    tile_counts = counts.reshape(header.strips, header.tiles).astype(np.uint64)
     per_run = header.run_k // header.tile_k
     padding = header.runs * per_run - header.tiles
     runs = np.pad(tile_counts, ((0, 0), (0, padding))).reshape(header.strips * header.runs, per_run).sum(axis=1)

@@ -50,9 +50,10 @@ static constexpr size_t TilesPerRun(WeightType type) {
 static constexpr int CodeBias(WeightType type) {
   return type == WeightType::kInt8 ? 128 : type == WeightType::kInt4 ? 8 : 0;
 }
-// Values that a stretch of mask words stores: rows of 4-bit codes begin at a byte, so each is rounded up to two codes.
-static constexpr uint64_t StoredValues(WeightType type, uint64_t row_count) {
-  return type == WeightType::kInt4 ? (row_count + 1) & ~static_cast<uint64_t>(1) : row_count;
+// Codes that a sparse tile takes up whose upper and lower eight rows hold these many values. Two 4-bit codes share a
+// byte: one of the upper rows (low nibble) and one of the lower rows (high nibble), so the fuller half counts twice.
+static constexpr uint64_t StoredInTile(WeightType type, uint64_t upper, uint64_t lower) {
+  return type == WeightType::kInt4 ? 2 * (upper > lower ? upper : lower) : upper + lower;
 }
 // Bytes of `count` packed values.
 static constexpr uint64_t ValueBytes(WeightType type, uint64_t count) {

@@ -89,67 +89,79 @@ struct RunCount {
 };
 
 template <typename Coder>
-RunCount CountRun(const Codes<Coder>& codes, size_t rows) {
-  constexpr size_t kGroup = TileGroup(Coder::kType);
+RunCount CountRun(const Codes<Coder>& codes, size_t tiles) {
+  constexpr size_t kHalf = TileK(Coder::kType) / 2;
   RunCount count;
-  for (size_t k = 0; k < rows; k += kGroup) {
-    uint32_t row = 0;
-    for (size_t p = 0; p < kGroup; ++p)
-      for (size_t n = 0; n < kStripColumns; ++n) row += codes.code[k + p][n] != Coder::kZero;
-    count.nnz += row;
-    count.stored += StoredValues(Coder::kType, row);
+  for (size_t tile = 0; tile < tiles; ++tile) {
+    uint32_t halves[2] = {0, 0};
+    for (size_t half = 0; half < 2; ++half)
+      for (size_t k = 0; k < kHalf; ++k)
+        for (size_t n = 0; n < kStripColumns; ++n)
+          halves[half] += codes.code[(2 * tile + half) * kHalf + k][n] != Coder::kZero;
+    count.nnz += halves[0] + halves[1];
+    count.stored += StoredInTile(Coder::kType, halves[0], halves[1]);
   }
   return count;
 }
 
-// Writes codes one after the other: as they are, or two 4-bit codes a byte (an even count).
-void StoreCodes(WeightType type, const void* codes, size_t count, size_t code_bytes, uint8_t* out) {
-  if (type != WeightType::kInt4) {
-    std::memcpy(out, codes, count * code_bytes);
-    return;
-  }
-  const auto* from = static_cast<const uint8_t*>(codes);
-  for (size_t i = 0; i + 1 < count; i += 2) out[i / 2] = static_cast<uint8_t>(from[i] | from[i + 1] << 4);
-}
-
+// Half of a tile in the order in which codes are stored. Compressing writes a code past the kept ones.
 template <typename Coder>
-void WriteSparseRun(const Codes<Coder>& codes, size_t tiles, uint8_t* masks, uint8_t* values, uint64_t room) {
-  using Code = typename Coder::Code;
-  constexpr size_t kGroup = TileGroup(Coder::kType);
-  constexpr size_t kRowWeights = kStripColumns * kGroup;
-  // The run is compressed into this buffer without branches, writing past the end: the blob has no room for that.
-  Code kept_codes[kRunK * kStripColumns + 2];
+struct HalfTile {
+  typename Coder::Code code[TileWeights(Coder::kType) / 2 + 1];
   size_t count = 0;
-  for (size_t row = 0; row < tiles * kTileRows; ++row) {
+};
+
+// Keeps the codes of half a tile, whose first weight along K is `k`; with `masks`, only those that are not zero.
+template <typename Coder>
+void Gather(const Codes<Coder>& codes, size_t k, uint8_t* masks, HalfTile<Coder>* half) {
+  constexpr size_t kGroup = TileGroup(Coder::kType);
+  constexpr size_t kRowMaskBytes = kStripColumns * kGroup / 8;
+  half->count = 0;
+  for (size_t row = 0; row < kTileRows / 2; ++row) {
     uint64_t mask = 0;
     for (size_t c = 0; c < kStripColumns; ++c) {
       for (size_t p = 0; p < kGroup; ++p) {
-        const Code code = codes.code[row * kGroup + p][c];
-        const bool kept = code != Coder::kZero;
-        kept_codes[count] = code;
-        count += kept;
+        const typename Coder::Code code = codes.code[k + row * kGroup + p][c];
+        const bool kept = masks == nullptr || code != Coder::kZero;
+        half->code[half->count] = code;
+        half->count += kept;
         mask |= static_cast<uint64_t>(kept) << (c * kGroup + p);
       }
     }
-    std::memcpy(masks + row * kRowWeights / 8, &mask, kRowWeights / 8);
-    kept_codes[count] = 0;
-    count = static_cast<size_t>(StoredValues(Coder::kType, count));
+    if (masks != nullptr) std::memcpy(masks + row * kRowMaskBytes, &mask, kRowMaskBytes);
   }
-  // If the source changed since it was counted, stay inside this run's place: the checker will see it.
-  StoreCodes(Coder::kType, kept_codes, static_cast<size_t>(std::min<uint64_t>(count, room)), sizeof(Code), values);
 }
 
+// Writes a tile's codes, at most `room` of them, and returns how many it takes up.
 template <typename Coder>
-void WriteDenseRun(const Codes<Coder>& codes, size_t tiles, uint8_t* values) {
-  using Code = typename Coder::Code;
-  constexpr size_t kGroup = TileGroup(Coder::kType);
-  constexpr size_t kRowWeights = kStripColumns * kGroup;
-  Code row_codes[kRowWeights];
-  for (size_t row = 0; row < tiles * kTileRows; ++row) {
-    for (size_t c = 0; c < kStripColumns; ++c)
-      for (size_t p = 0; p < kGroup; ++p) row_codes[c * kGroup + p] = codes.code[row * kGroup + p][c];
-    StoreCodes(Coder::kType, row_codes, kRowWeights, sizeof(Code),
-               values + row * ValueBytes(Coder::kType, kRowWeights));
+uint64_t StoreTile(const HalfTile<Coder>& upper, const HalfTile<Coder>& lower, uint64_t room, uint8_t* out) {
+  const uint64_t stored = std::min(room, StoredInTile(Coder::kType, upper.count, lower.count));
+  if constexpr (Coder::kType == WeightType::kInt4) {
+    for (size_t i = 0; i < stored / 2; ++i)
+      out[i] = static_cast<uint8_t>((i < upper.count ? upper.code[i] : 0) | (i < lower.count ? lower.code[i] : 0) << 4);
+  } else {
+    const auto first = static_cast<size_t>(std::min<uint64_t>(stored, upper.count));
+    std::memcpy(out, upper.code, first * sizeof upper.code[0]);
+    std::memcpy(out + first * sizeof upper.code[0], lower.code,
+                (static_cast<size_t>(stored) - first) * sizeof upper.code[0]);
+  }
+  return stored;
+}
+
+// `masks` is null for the dense form. If the source changed since it was counted, the values stay inside their `room`:
+// the checker will see it.
+template <typename Coder>
+void WriteRun(const Codes<Coder>& codes, size_t tiles, uint8_t* masks, uint8_t* values, uint64_t room) {
+  constexpr size_t kHalfMaskBytes = MaskBytesPerTile(Coder::kType) / 2;
+  HalfTile<Coder> halves[2];
+  uint64_t stored = 0;
+  for (size_t tile = 0; tile < tiles; ++tile) {
+    for (size_t half = 0; half < 2; ++half) {
+      const size_t index = 2 * tile + half;
+      Gather(codes, index * TileK(Coder::kType) / 2, masks == nullptr ? nullptr : masks + index * kHalfMaskBytes,
+             &halves[half]);
+    }
+    stored += StoreTile(halves[0], halves[1], room - stored, values + ValueBytes(Coder::kType, stored));
   }
 }
 
@@ -208,9 +220,9 @@ Status Count(const SourceMatrix& m, const PackOptions& o, Census* census) {
   std::vector<uint64_t> nnz(g.strips * g.runs);
   census->offsets.assign(nnz.size() + 1, 0);
   ForEachRun(m, g, o.threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
-    const size_t rows = TilesInRun(g, run) * TileK(g.type);
-    const Codes<Coder> codes(*census, strip, run, stage, column, rows);
-    const RunCount count = CountRun<Coder>(codes, rows);
+    const size_t tiles = TilesInRun(g, run);
+    const Codes<Coder> codes(*census, strip, run, stage, column, tiles * TileK(g.type));
+    const RunCount count = CountRun<Coder>(codes, tiles);
     nnz[strip * g.runs + run] = count.nnz;
     census->offsets[strip * g.runs + run + 1] = count.stored;
   });
@@ -280,10 +292,12 @@ Status Write(const SourceMatrix& m, const PackOptions& o, const Census& census, 
     const size_t tile = strip * g.tiles + run * TilesPerRun(g.type), tiles = TilesInRun(g, run);
     const Codes<Coder> codes(census, strip, run, stage, column, tiles * TileK(g.type));
     if (census.form == Form::kDense)
-      return WriteDenseRun<Coder>(codes, tiles, at[internal::kValues] + ValueBytes(g.type, tile * TileWeights(g.type)));
+      return WriteRun<Coder>(codes, tiles, nullptr,
+                             at[internal::kValues] + ValueBytes(g.type, tile * TileWeights(g.type)),
+                             tiles * TileWeights(g.type));
     const uint64_t* offset = &census.offsets[strip * g.runs + run];
-    WriteSparseRun<Coder>(codes, tiles, at[internal::kBitmap] + tile * MaskBytesPerTile(g.type),
-                          at[internal::kValues] + ValueBytes(g.type, offset[0]), offset[1] - offset[0]);
+    WriteRun<Coder>(codes, tiles, at[internal::kBitmap] + tile * MaskBytesPerTile(g.type),
+                    at[internal::kValues] + ValueBytes(g.type, offset[0]), offset[1] - offset[0]);
   });
   return {};
 }

@@ -45,17 +45,27 @@ float ScaleOf(const PackedView& w, size_t strip, uint64_t k, size_t column) {
 
 void UnpackStrip(const PackedView& w, size_t strip, float* dense) {
   const size_t group = TileGroup(w.type), row_weights = kStripColumns * group;
-  const size_t rows_per_run = kRunK / group;
   const uint8_t* masks = w.bitmap + strip * w.tiles * MaskBytesPerTile(w.type);
-  uint64_t next = strip * w.tiles * TileWeights(w.type);  // of the dense form
+  uint64_t first = strip * w.tiles * TileWeights(w.type);  // code of the tile, in the dense form
+  uint64_t taken[2] = {0, 0};                              // from the tile's halves
   for (size_t row = 0; row < w.tiles * kTileRows; ++row) {
-    if (w.form == Form::kSparse && row % rows_per_run == 0) next = ValuesBefore(w, strip, row / rows_per_run);
-    if (w.type == WeightType::kInt4) next = StoredValues(w.type, next);
+    const size_t tile = row / kTileRows, half = row % kTileRows / (kTileRows / 2);
+    if (row % kTileRows == 0) {
+      first += StoredInTile(w.type, taken[0], taken[1]);
+      taken[0] = taken[1] = 0;
+      if (w.form == Form::kSparse && tile % TilesPerRun(w.type) == 0)
+        first = ValuesBefore(w, strip, tile / TilesPerRun(w.type));
+    }
     for (size_t e = 0; e < row_weights; ++e) {
       const uint64_t bit = row * row_weights + e;
       const bool stored = w.form == Form::kDense || (masks[bit / 8] >> (bit % 8) & 1) != 0;
-      const float value = stored ? Decode(w.type, w.values, next++) : 0.0f;
       const uint64_t k = row * group + e % group, n = strip * kStripColumns + e / group;
+      float value = 0.0f;
+      if (stored) {
+        const uint64_t in_tile = w.type == WeightType::kInt4 ? 2 * taken[half] + half : taken[0] + taken[1];
+        value = Decode(w.type, w.values, first + in_tile);
+        ++taken[half];
+      }
       if (k < w.k && n < w.n) dense[k * w.n + n] = stored ? value * ScaleOf(w, strip, k, e / group) : 0.0f;
     }
   }

@@ -131,15 +131,19 @@ Status ReadSections(const uint8_t* blob, uint64_t blob_size, const Header& h, Se
 }
 
 struct MaskCount {
-  uint64_t bits = 0, stored = 0;  // stored: with the padding of int4 rows, whose masks are one word each
+  uint64_t bits = 0, stored = 0;  // stored: with what fills up the emptier half of an int4 tile
 };
 
-MaskCount CountMasks(WeightType type, const uint8_t* p, size_t bytes) {
+MaskCount CountMasks(WeightType type, const uint8_t* masks, size_t tiles) {
+  const size_t half_bytes = MaskBytesPerTile(type) / 2;
   MaskCount count;
-  for (size_t i = 0; i < bytes; i += 8) {
-    const auto bits = static_cast<uint64_t>(__builtin_popcountll(LoadU64(p + i)));
-    count.bits += bits;
-    count.stored += StoredValues(type, bits);
+  for (size_t tile = 0; tile < tiles; ++tile) {
+    uint64_t halves[2] = {0, 0};
+    for (uint64_t& half : halves)
+      for (const uint8_t* end = masks + half_bytes; masks != end; masks += 8)
+        half += static_cast<uint64_t>(__builtin_popcountll(LoadU64(masks)));
+    count.bits += halves[0] + halves[1];
+    count.stored += StoredInTile(type, halves[0], halves[1]);
   }
   return count;
 }
@@ -155,7 +159,7 @@ Status CheckRuns(const PackedView& w) {
                                " does not fit its bitmap");
       const size_t first = run * TilesPerRun(w.type);
       const size_t tiles = w.tiles - first < TilesPerRun(w.type) ? w.tiles - first : TilesPerRun(w.type);
-      const MaskCount count = CountMasks(w.type, w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles * tile_bytes);
+      const MaskCount count = CountMasks(w.type, w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles);
       before += count.stored;
       nnz += count.bits;
     }

@@ -207,53 +207,47 @@ struct Avx2Quantized : Avx2Base {
     return middle + __builtin_popcount(second);
   }
 
-  // `count` codes as signed bytes; may write up to 31 more.
-  static SPARAMX_INLINE void Widen(const uint8_t* values, size_t count, uint8_t* out) {
-    const __m256i low = _mm256_set1_epi8(15), bias = _mm256_set1_epi8(8);
-    for (size_t i = 0; i < count; i += 32) {
-      const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i / 2)));
-      const __m256i nibbles = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), low);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_sub_epi8(nibbles, bias));
+  // 32 codes as signed bytes: 8-bit ones, or the low or high nibbles of 32 bytes.
+  template <bool Int4, bool High>
+  static SPARAMX_INLINE __m256i Numbers(const uint8_t* values) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    if (!Int4) return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+    const __m256i nibbles = _mm256_and_si256(High ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+    return _mm256_sub_epi8(nibbles, _mm256_set1_epi8(8));
+  }
+
+  // Eight rows, the upper or (High) the lower half of a tile; returns where the values after them are.
+  template <bool Int4, bool Sparse, bool High>
+  static SPARAMX_INLINE const uint8_t* ExpandHalf(const uint8_t* values, const uint8_t* masks, uint8_t* out) {
+    alignas(32) uint8_t bytes[64];
+    for (size_t row = 0; row < 8; ++row) {
+      uint8_t* to = Sparse ? bytes : out + 64 * row;
+      for (size_t i = 0; i < 64; i += 32)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), Numbers<Int4, High>(values + i));
+      if (!Sparse) {
+        values += 64;
+        continue;
+      }
+      if (row % 2 == 0) Prefetch(values + kPrefetchBytes);
+      const uint8_t* row_masks = masks + 8 * row;
+      const uint8_t* next = bytes;
+      for (size_t i = 0; i < 8; i += 2) next = Spread(next, row_masks + i, out + 64 * row + 8 * i);
+      values += __builtin_popcountll(LoadU64(row_masks));
     }
+    return values;
   }
 
   template <bool Int4, bool Sparse>
   static void Expand(Cursor* cursor, uint8_t* out) {
-    if (!Sparse) {
-      if (Int4) {
-        Widen(cursor->values, 1024, out);
-      } else {
-        const __m256i bias = _mm256_set1_epi8(-128);
-        for (size_t i = 0; i < 1024; i += 32)
-          _mm256_storeu_si256(
-              reinterpret_cast<__m256i*>(out + i),
-              _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cursor->values + i)), bias));
-      }
-      cursor->values += Int4 ? 512 : 1024;
-      return;
+    if (Sparse) {
+      Prefetch(cursor->masks + kPrefetchBytes / 2);
+      Prefetch(cursor->masks + kPrefetchBytes / 2 + 64);
     }
-    Prefetch(cursor->masks + kPrefetchBytes / 2);
-    Prefetch(cursor->masks + kPrefetchBytes / 2 + 64);
-    alignas(32) uint8_t bytes[64 + 32];
-    for (size_t row = 0; row < 16; ++row) {
-      const uint8_t* masks = cursor->masks + 8 * row;
-      const auto count = static_cast<size_t>(__builtin_popcountll(LoadU64(masks)));
-      if (row % 4 == 0) Prefetch(cursor->values + kPrefetchBytes);
-      if (Int4) {
-        Widen(cursor->values, count, bytes);
-        cursor->values += (count + 1) / 2;
-      } else {
-        const __m256i bias = _mm256_set1_epi8(-128);
-        for (size_t i = 0; i < 64; i += 32)
-          _mm256_store_si256(
-              reinterpret_cast<__m256i*>(bytes + i),
-              _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cursor->values + i)), bias));
-        cursor->values += count;
-      }
-      const uint8_t* next = bytes;
-      for (size_t i = 0; i < 8; i += 2) next = Spread(next, masks + i, out + 64 * row + 8 * i);
-    }
-    cursor->masks += 128;
+    const uint8_t* upper_end = ExpandHalf<Int4, Sparse, false>(cursor->values, cursor->masks, out);
+    const uint8_t* lower = Int4 ? cursor->values : upper_end;
+    const uint8_t* lower_end = ExpandHalf<Int4, Sparse, Int4>(lower, cursor->masks + 64, out + 512);
+    cursor->values = upper_end > lower_end ? upper_end : lower_end;
+    if (Sparse) cursor->masks += 128;
   }
 };
 

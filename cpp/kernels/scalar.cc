@@ -93,20 +93,21 @@ struct ScalarBf16 : ScalarBase {
 // One tile to 16 rows of 64 signed numbers, without scales.
 template <bool Int4>
 void ExpandNumbers(bool sparse, Cursor* cursor, int8_t* out) {
+  size_t taken[2] = {0, 0};  // from the upper and the lower eight rows
   for (size_t row = 0; row < 16; ++row) {
-    size_t next = 0;  // of the row's values
+    const size_t half = row / 8;
     for (size_t e = 0; e < 64; ++e) {
       int8_t* number = out + row * 64 + e;
       *number = 0;
       if (sparse && (cursor->masks[row * 8 + e / 8] >> (e % 8) & 1) == 0) continue;
       if (Int4)
-        *number = static_cast<int8_t>((cursor->values[next / 2] >> (next % 2 * 4) & 15) - 8);
+        *number = static_cast<int8_t>((cursor->values[taken[half]] >> (4 * half) & 15) - 8);
       else
-        *number = static_cast<int8_t>(cursor->values[next] - 128);
-      ++next;
+        *number = static_cast<int8_t>(cursor->values[taken[0] + taken[1]] - 128);
+      ++taken[half];
     }
-    cursor->values += Int4 ? (next + 1) / 2 : next;
   }
+  cursor->values += Int4 ? StoredInTile(WeightType::kInt4, taken[0], taken[1]) / 2 : taken[0] + taken[1];
   if (sparse) cursor->masks += 128;
 }
 
