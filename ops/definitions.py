@@ -39,16 +39,17 @@ class Port:
     doc: str
     optional: bool = False
     constant: bool = False
+    variadic: bool = False
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of an operator; ``default`` is None where it is required."""
+    """An attribute of an operator; ``default`` is None where it is required. A tuple is a list of integers."""
 
     name: str
-    kind: type[int] | type[str]
+    kind: type[int] | type[str] | type[tuple[int, ...]]
     doc: str
-    default: int | str | None = None
+    default: int | str | tuple[int, ...] | None = None
     choices: tuple[str, ...] = ()
 
 
@@ -69,20 +70,37 @@ SPARSE_AMX_MATMUL: Final = OpDefinition(
     name="SparseAMXMatMul",
     domain=DOMAIN,
     since_version=1,
-    doc="Y = epilogue(X W + B), with W packed as docs/format.md describes.",
+    doc="Y = epilogue(X W + B), with W packed as docs/format.md describes. With splits, Y is cut along its last "
+    "dimension into several outputs.",
     inputs=(
         Port("X", "float32", "[..., K]", "The activations."),
         Port("W", "uint8", "[bytes]", "The packed weight matrix.", constant=True),
         Port("B", "float32", "[N]", "The bias, one per output.", optional=True),
     ),
-    outputs=(Port("Y", "float32", "[..., N]", "The leading dimensions are those of X."),),
+    outputs=(
+        Port(
+            "Y",
+            "float32",
+            "[..., N]",
+            "The leading dimensions are those of X. With splits, one output for each of them, which is its last "
+            "dimension.",
+            variadic=True,
+        ),
+    ),
     attributes=(
         Attribute("K", int, "Rows of W: the last dimension of X."),
         Attribute("N", int, "Columns of W: the last dimension of Y."),
         Attribute(
+            "splits",
+            tuple[int, ...],
+            "The last dimensions of the outputs, N together. All but the last are multiples of 16. Empty: one output.",
+            default=(),
+        ),
+        Attribute(
             "epilogue",
             str,
-            "The activation function applied to X W + B; gelu is the exact one (erf).",
+            "The activation function applied to X W + B; gelu is the exact one (erf). One for all outputs, or one for "
+            "each of them, separated by commas.",
             default=Epilogue.NONE.value,
             choices=tuple(epilogue.value for epilogue in Epilogue),
         ),

@@ -134,7 +134,7 @@ int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_
   return Guarded(error, error_size, [&] {
     if (epilogue >= sparamx::kEpilogues) return Status::Invalid("unknown epilogue " + std::to_string(epilogue));
     sparamx::MatMul::Options options;
-    options.epilogue = static_cast<sparamx::Epilogue>(epilogue);
+    options.epilogues = {static_cast<sparamx::Epilogue>(epilogue)};
     options.isa = isa;
     sparamx::MatMul matmul;
     const Status status = matmul.Init(static_cast<const uint8_t*>(blob), blob_size, options);
@@ -142,7 +142,7 @@ int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_
     const std::unique_ptr<uint8_t[]> scratch(new uint8_t[matmul.ScratchBytes(m) + 64]);
     void* aligned = reinterpret_cast<void*>(sparamx::RoundUp(reinterpret_cast<uintptr_t>(scratch.get()), 64));
     Threads pool = {threads};
-    matmul.Run(x, m, bias, y, aligned, {Threads::Run, &pool});
+    matmul.Run(x, m, bias, &y, aligned, {Threads::Run, &pool});
     if (path != nullptr && path_size != 0) {
       const size_t length = std::min(std::strlen(matmul.path(m)), path_size - 1);
       std::memcpy(path, matmul.path(m), length);

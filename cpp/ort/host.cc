@@ -34,6 +34,26 @@ float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float a
   return status.IsOK() ? value : absent;
 }
 
+namespace {
+
+// `read` is a call of ONNX Runtime's that fills a buffer or, given none, says how many integers there are.
+template <typename Read>
+std::vector<int64_t> Integers(const Read& read) {
+  size_t count = 0;
+  Ort::Status status(read(nullptr, &count));
+  std::vector<int64_t> values(count);
+  if (count != 0) Ort::ThrowOnError(read(values.data(), &count));
+  return values;
+}
+
+}  // namespace
+
+std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char* name) {
+  return Integers([&](int64_t* out, size_t* count) {
+    return Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, out, count);
+  });
+}
+
 Tensor Read(const OrtApi& api, const OrtValue* value) {
   Tensor tensor;
   if (value == nullptr) return tensor;
@@ -42,8 +62,8 @@ Tensor Read(const OrtApi& api, const OrtValue* value) {
   const Ort::TensorTypeAndShapeInfo info(raw);
   size_t rank = 0;
   Ort::ThrowOnError(api.GetDimensionsCount(raw, &rank));
-  tensor.shape.resize(rank);
-  Ort::ThrowOnError(api.GetDimensions(raw, tensor.shape.data(), rank));
+  tensor.shape = Shape(rank);
+  Ort::ThrowOnError(api.GetDimensions(raw, tensor.shape.begin(), rank));
   Ort::ThrowOnError(api.GetTensorElementType(raw, &tensor.type));
   Ort::ThrowOnError(api.GetTensorShapeElementCount(raw, &tensor.elements));
   void* data = nullptr;
@@ -54,10 +74,54 @@ Tensor Read(const OrtApi& api, const OrtValue* value) {
   return tensor;
 }
 
-std::string ShapeText(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
+std::string ShapeText(const Shape& shape) {
+  std::string text;
+  for (const int64_t length : shape) text += (text.empty() ? "" : ", ") + std::to_string(length);
+  return "[" + text + "]";
+}
+
+InferredShape InferredInputShape(OrtShapeInferContext* context, size_t input) {
+  const OrtApi& api = Ort::GetApi();
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
+  Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, input, &info));
+  size_t rank = 0;
+  Ort::ThrowOnError(api.GetDimensionsCount(info, &rank));
+  InferredShape shape = {std::vector<int64_t>(rank), std::vector<const char*>(rank)};
+  if (rank == 0) return shape;
+  Ort::ThrowOnError(api.GetDimensions(info, shape.lengths.data(), rank));
+  Ort::ThrowOnError(api.GetSymbolicDimensions(info, shape.names.data(), rank));
+  return shape;
+}
+
+std::vector<int64_t> InferredInts(const OrtShapeInferContext* context, const char* name) {
+  const OrtApi& api = Ort::GetApi();
+  const OrtOpAttr* attribute = nullptr;
+  const Ort::Status absent(api.ShapeInferContext_GetAttribute(context, name, &attribute));
+  if (attribute == nullptr) return {};
+  int64_t value = 0;
+  size_t size = 0;
+  const Ort::Status not_one(api.ReadOpAttr(attribute, ORT_OP_ATTR_INT, &value, sizeof value, &size));
+  if (not_one.IsOK()) return {value};
+  return Integers([&](int64_t* out, size_t* count) {
+    size_t bytes = *count * sizeof(int64_t);
+    OrtStatus* status = api.ReadOpAttr(attribute, ORT_OP_ATTR_INTS, out, bytes, &bytes);
+    *count = bytes / sizeof(int64_t);
+    return status;
+  });
+}
+
+void InferOutput(OrtShapeInferContext* context, size_t output, const InferredShape& shape,
+                 ONNXTensorElementDataType type) {
+  const OrtApi& api = Ort::GetApi();
+  OrtTensorTypeAndShapeInfo* raw = nullptr;
+  Ort::ThrowOnError(api.CreateTensorTypeAndShapeInfo(&raw));
+  const Ort::TensorTypeAndShapeInfo info(raw);
+  Ort::ThrowOnError(api.SetTensorElementType(raw, type));
+  Ort::ThrowOnError(api.SetDimensions(raw, shape.lengths.data(), shape.lengths.size()));
+  // ONNX Runtime copies the names; it takes them through pointers that may change.
+  std::vector<const char*> names = shape.names;
+  Ort::ThrowOnError(api.SetSymbolicDimensions(raw, names.data(), names.size()));
+  Ort::ThrowOnError(api.ShapeInferContext_SetOutputTypeShape(context, output, raw));
 }
 
 void Host::ParallelRun(void* host, size_t count, void (*body)(void*, size_t), void* user) {

@@ -21,17 +21,62 @@ int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name);
 int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t absent);
 float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float absent);
 
+// Of a list of integers; empty where it is absent.
+std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char* name);
+
+// Lengths of dimensions; as many as there usually are without an allocation.
+class Shape {
+ public:
+  Shape() = default;
+  explicit Shape(size_t rank) : rank_(rank), many_(rank > kInline ? rank : 0) {}
+
+  size_t size() const { return rank_; }
+  bool empty() const { return rank_ == 0; }
+  int64_t* begin() { return rank_ > kInline ? many_.data() : few_; }
+  const int64_t* begin() const { return rank_ > kInline ? many_.data() : few_; }
+  const int64_t* end() const { return begin() + rank_; }
+  const int64_t& operator[](size_t i) const { return begin()[i]; }
+  int64_t& back() { return begin()[rank_ - 1]; }
+  const int64_t& back() const { return begin()[rank_ - 1]; }
+
+ private:
+  static constexpr size_t kInline = 6;
+  size_t rank_ = 0;
+  int64_t few_[kInline] = {};
+  std::vector<int64_t> many_;
+};
+
+std::string ShapeText(const Shape& shape);
+
 // A tensor in the kernel's hands; `data` is null for an absent optional input.
 struct Tensor {
   const void* data = nullptr;
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  std::vector<int64_t> shape;
+  Shape shape;
   size_t elements = 0;
 };
 
 Tensor Read(const OrtApi& api, const OrtValue* value);
 
-std::string ShapeText(const std::vector<int64_t>& shape);
+// A shape where ONNX Runtime infers shapes: -1 stands for a length that is not known, which may have a name. (The
+// headers' own class for this is no use: that of 1.21 writes -2 for a dimension with a name, which newer runtimes
+// refuse.)
+struct InferredShape {
+  std::vector<int64_t> lengths;  // none: the rank is not known
+  std::vector<const char*> names;
+
+  void SetLength(size_t dimension, int64_t length) {
+    lengths[dimension] = length;
+    names[dimension] = "";
+  }
+};
+
+// These throw where ONNX Runtime refuses.
+InferredShape InferredInputShape(OrtShapeInferContext* context, size_t input);
+// An attribute that is an integer or a list of them; empty where it is absent.
+std::vector<int64_t> InferredInts(const OrtShapeInferContext* context, const char* name);
+void InferOutput(OrtShapeInferContext* context, size_t output, const InferredShape& shape,
+                 ONNXTensorElementDataType type);
 
 // ONNX Runtime's threads, for one call: the callback of runtime's ParallelFor.
 struct Host {

@@ -1,13 +1,29 @@
 #include "ort/sparse_amx_matmul.h"
 
+#include <algorithm>
 #include <exception>
 #include <vector>
 
 namespace sparamx {
 namespace {
 
+// Nodes with so many outputs keep their addresses on the stack.
+constexpr size_t kFewOutputs = 8;
+
 constexpr const char* kEpilogueNames[kEpilogues] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 constexpr const char* kActivationsNames[kActivationTypes] = {"fp32", "bf16", "int8"};
+
+// "a,b" as {"a", "b"}.
+std::vector<std::string> Words(const std::string& list) {
+  std::vector<std::string> words(1);
+  for (const char c : list) {
+    if (c == ',')
+      words.emplace_back();
+    else
+      words.back() += c;
+  }
+  return words;
+}
 
 }  // namespace
 
@@ -20,36 +36,71 @@ SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelI
     : api_(api), cpu_memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
   const Ort::ConstKernelInfo info(raw_info);
   name_ = info.GetNodeName();
+  ReadAttributes(info);
+  has_bias_ = info.GetInputCount() > SparseAMXMatMul::kB && !info.GetInputName(SparseAMXMatMul::kB).empty();
+  const auto constant = [&](size_t input) {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    Ort::ThrowOnError(api.KernelInfoGetConstantInput_tensor(raw_info, input, &is_constant, &value));
+    return is_constant != 0 ? value : nullptr;
+  };
+  const OrtValue* bias = has_bias_ ? constant(SparseAMXMatMul::kB) : nullptr;
+  constant_bias_ = bias == nullptr ? nullptr : Bias(bias);
+  const OrtValue* weights = constant(SparseAMXMatMul::kW);
+  constant_weights_ = weights != nullptr;
+  if (!constant_weights_) return;
+  Load(weights, &matmul_);
+}
+
+void SparseAMXMatMulKernel::ReadAttributes(const Ort::ConstKernelInfo& info) {
   k_ = IntAttribute(info, "K");
   n_ = IntAttribute(info, "N");
-  const std::string epilogue = StringAttribute(info, "epilogue", "none");
-  int index = 0;
-  while (index < kEpilogues && epilogue != kEpilogueNames[index]) ++index;
-  if (index == kEpilogues) Fail(Status::Invalid("unknown epilogue '" + epilogue + "'"));
-  options_.epilogue = static_cast<Epilogue>(index);
+  for (const std::string& epilogue : Words(StringAttribute(info, "epilogue", "none"))) {
+    int index = 0;
+    while (index < kEpilogues && epilogue != kEpilogueNames[index]) ++index;
+    if (index == kEpilogues) Fail(Status::Invalid("unknown epilogue '" + epilogue + "'"));
+    options_.epilogues.push_back(static_cast<Epilogue>(index));
+  }
+  for (const int64_t columns : IntsAttribute(info, "splits")) {
+    if (columns <= 0) Fail(Status::Invalid("its split " + std::to_string(columns) + " is not positive"));
+    options_.splits.push_back(static_cast<uint64_t>(columns));
+  }
+  outputs_ = info.GetOutputCount();
+  const size_t splits = std::max<size_t>(1, options_.splits.size());
+  if (outputs_ != splits)
+    Fail(Status::Invalid("it has " + std::to_string(outputs_) + " outputs, but its attribute splits is for " +
+                         std::to_string(splits)));
+  for (size_t i = 0; i < outputs_; ++i)
+    if (info.GetOutputName(i).empty()) Fail(Status::Invalid("its output " + std::to_string(i) + " has no name"));
 
   const std::string activations = StringAttribute(info, "activations", "auto");
   options_.default_activations = activations == "auto";
-  index = 0;
+  int index = 0;
   while (index < kActivationTypes && activations != kActivationsNames[index]) ++index;
   if (index < kActivationTypes)
     options_.activations = static_cast<Activations>(index);
   else if (!options_.default_activations)
     Fail(Status::Invalid("unknown activations '" + activations + "'"));
+}
 
-  int constant = 0;
-  const OrtValue* weights = nullptr;
-  Ort::ThrowOnError(api.KernelInfoGetConstantInput_tensor(raw_info, SparseAMXMatMul::kW, &constant, &weights));
-  constant_weights_ = constant != 0;
-  if (!constant_weights_) return;
-  const Tensor w = Read(api, weights);
-  Status status = matmul_.Init(static_cast<const uint8_t*>(w.data), w.elements, options_);
+void SparseAMXMatMulKernel::Load(const OrtValue* weights, MatMul* matmul) const {
+  const Tensor w = Read(api_, weights);
+  Status status = matmul->Init(static_cast<const uint8_t*>(w.data), w.elements, options_);
   if (status.code == StatusCode::kDamaged) status.message = "its packed weight is damaged: " + status.message;
   if (!status.ok()) Fail(status);
-  const PackedView& view = matmul_.weights();
+  const PackedView& view = matmul->weights();
   if (view.k != static_cast<uint64_t>(k_) || view.n != static_cast<uint64_t>(n_))
     Fail(Status::Invalid("its packed weight is " + std::to_string(view.k) + " x " + std::to_string(view.n) +
                          ", but its attributes say K = " + std::to_string(k_) + ", N = " + std::to_string(n_)));
+}
+
+// The address of a bias that has the right shape.
+const float* SparseAMXMatMulKernel::Bias(const OrtValue* value) const {
+  const Tensor bias = Read(api_, value);
+  if (bias.shape.size() != 1 || bias.shape[0] != n_)
+    Fail(Status::Invalid("B has the shape " + ShapeText(bias.shape) + ", but it must be [N] = [" + std::to_string(n_) +
+                         "]"));
+  return static_cast<const float*>(bias.data);
 }
 
 OrtStatusPtr SparseAMXMatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
@@ -64,49 +115,46 @@ OrtStatusPtr SparseAMXMatMulKernel::ComputeV2(OrtKernelContext* context) noexcep
 }
 
 void SparseAMXMatMulKernel::Compute(OrtKernelContext* context) const {
-  const OrtValue *x_value = nullptr, *b_value = nullptr;
-  size_t inputs = 0;
-  Ort::ThrowOnError(api_.KernelContext_GetInputCount(context, &inputs));
+  const float* bias = constant_bias_;
+  if (has_bias_ && bias == nullptr) {
+    const OrtValue* value = nullptr;
+    Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kB, &value));
+    bias = Bias(value);
+  }
+  if (constant_weights_) return Multiply(context, matmul_, bias);
+  // Weights that can change between calls (in a subgraph on older runtimes) must be checked at each of them.
+  const OrtValue* weights = nullptr;
+  Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kW, &weights));
+  MatMul matmul;
+  Load(weights, &matmul);
+  Multiply(context, matmul, bias);
+}
+
+void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& matmul, const float* bias) const {
+  const OrtValue* x_value = nullptr;
   Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kX, &x_value));
-  if (inputs > SparseAMXMatMul::kB)
-    Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kB, &b_value));
-  const Tensor x = Read(api_, x_value), bias = Read(api_, b_value);
+  const Tensor x = Read(api_, x_value);
   if (x.shape.empty() || x.shape.back() != k_)
     Fail(Status::Invalid("X has the shape " + ShapeText(x.shape) +
                          ", but its last dimension must be K = " + std::to_string(k_)));
-  if (bias.data != nullptr && (bias.shape.size() != 1 || bias.shape[0] != n_))
-    Fail(Status::Invalid("B has the shape " + ShapeText(bias.shape) + ", but it must be [N] = [" + std::to_string(n_) +
-                         "]"));
-
-  std::vector<int64_t> y_shape = x.shape;
-  y_shape.back() = n_;
   size_t rows = 1;
   for (size_t i = 0; i + 1 < x.shape.size(); ++i) rows *= static_cast<size_t>(x.shape[i]);
-  OrtValue* y_value = nullptr;
-  void* y = nullptr;
-  Ort::ThrowOnError(api_.KernelContext_GetOutput(context, 0, y_shape.data(), y_shape.size(), &y_value));
-  Ort::ThrowOnError(api_.GetTensorMutableData(y_value, &y));
 
-  const auto* xs = static_cast<const float*>(x.data);
-  const auto* bs = static_cast<const float*>(bias.data);
-  if (constant_weights_) return Multiply(context, matmul_, xs, rows, bs, static_cast<float*>(y));
-  // Weights that can change between calls (in a subgraph on older runtimes) must be checked at each of them.
-  const OrtValue* w_value = nullptr;
-  Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kW, &w_value));
-  const Tensor w = Read(api_, w_value);
-  MatMul matmul;
-  const Status status = matmul.Init(static_cast<const uint8_t*>(w.data), w.elements, options_);
-  if (!status.ok()) Fail(status);
-  if (matmul.weights().k != static_cast<uint64_t>(k_) || matmul.weights().n != static_cast<uint64_t>(n_))
-    Fail(Status::Invalid("its packed weight does not have the K and N of its attributes"));
-  Multiply(context, matmul, xs, rows, bs, static_cast<float*>(y));
-}
-
-void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& matmul, const float* x, size_t rows,
-                                     const float* bias, float* y) const {
+  float* few[kFewOutputs];
+  std::vector<float*> many(outputs_ > kFewOutputs ? outputs_ : 0);
+  float** y = many.empty() ? few : many.data();
+  Shape shape = x.shape;
+  for (size_t i = 0; i < outputs_; ++i) {
+    shape.back() = static_cast<int64_t>(matmul.columns(i));
+    OrtValue* value = nullptr;
+    void* data = nullptr;
+    Ort::ThrowOnError(api_.KernelContext_GetOutput(context, i, shape.begin(), shape.size(), &value));
+    Ort::ThrowOnError(api_.GetTensorMutableData(value, &data));
+    y[i] = static_cast<float*>(data);
+  }
   Host host = {&api_, context};
   Scratch scratch(api_, context, cpu_memory_, matmul.ScratchBytes(rows));
-  matmul.Run(x, rows, bias, y, scratch.get(), {Host::ParallelRun, &host});
+  matmul.Run(static_cast<const float*>(x.data), rows, bias, y, scratch.get(), {Host::ParallelRun, &host});
 }
 
 OrtStatusPtr SparseAMXMatMul::CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info,
@@ -121,12 +169,22 @@ OrtStatusPtr SparseAMXMatMul::CreateKernelV2(const OrtApi& api, const OrtKernelI
   }
 }
 
-// Y has X's shape with N for its last dimension. Without this, ONNX Runtime loses the fusions around the node.
-Ort::Status SparseAMXMatMul::InferOutputShape(Ort::ShapeInferContext& context) {
-  Ort::ShapeInferContext::Shape shape = context.GetInputShape(kX);
-  if (shape.empty()) return Ort::Status(nullptr);  // X's rank is not known: neither is Y's
-  shape.back() = Ort::ShapeInferContext::SymbolicInteger(context.GetAttrInt("N"));
-  return context.SetOutputShape(0, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+// Every output has X's shape with its own number of columns for its last dimension. Without this, ONNX Runtime loses
+// the fusions around the node.
+OrtStatusPtr SparseAMXMatMul::InferOutputShapes(const OrtCustomOp*, OrtShapeInferContext* context) noexcept {
+  try {
+    InferredShape shape = InferredInputShape(context, kX);
+    if (shape.lengths.empty()) return nullptr;  // X's rank is not known: neither is Y's
+    std::vector<int64_t> columns = InferredInts(context, "splits");
+    if (columns.empty()) columns = InferredInts(context, "N");
+    for (size_t i = 0; i < columns.size(); ++i) {
+      shape.SetLength(shape.lengths.size() - 1, columns[i]);
+      InferOutput(context, i, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    }
+    return nullptr;
+  } catch (const std::exception& e) {
+    return StatusOf(e);
+  }
 }
 
 }  // namespace sparamx

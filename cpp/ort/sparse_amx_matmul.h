@@ -1,8 +1,8 @@
 // The SparseAMXMatMul operator: a thin adapter from ONNX Runtime's custom-op interface to runtime/matmul.h.
 #pragma once
 
-#include <memory>
 #include <string>
+#include <vector>
 
 #include <onnxruntime_cxx_api.h>
 
@@ -19,17 +19,22 @@ class SparseAMXMatMulKernel {
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
  private:
+  void ReadAttributes(const Ort::ConstKernelInfo& info);
+  void Load(const OrtValue* weights, MatMul* matmul) const;
+  const float* Bias(const OrtValue* value) const;
   void Compute(OrtKernelContext* context) const;
-  void Multiply(OrtKernelContext* context, const MatMul& matmul, const float* x, size_t rows, const float* bias,
-                float* y) const;
+  void Multiply(OrtKernelContext* context, const MatMul& matmul, const float* bias) const;
   [[noreturn]] void Fail(const Status& status) const;
 
   const OrtApi& api_;
   std::string name_;
   int64_t k_, n_;
   MatMul::Options options_;
-  bool constant_weights_;
+  size_t outputs_;
+  bool has_bias_;
   MatMul matmul_;  // of constant weights
+  bool constant_weights_;
+  const float* constant_bias_;  // null where there is none, or where it can change
   Ort::MemoryInfo cpu_memory_;
 };
 
@@ -37,7 +42,10 @@ struct SparseAMXMatMul : Ort::CustomOpBase<SparseAMXMatMul, SparseAMXMatMulKerne
   static constexpr size_t kX = 0, kW = 1, kB = 2, kInputs = 3;
 
   // The interface's version, not that of the headers at hand: an older runtime refuses a newer one.
-  SparseAMXMatMul() { OrtCustomOp::version = kApiVersion; }
+  SparseAMXMatMul() {
+    OrtCustomOp::version = kApiVersion;
+    OrtCustomOp::InferOutputShapeFn = InferOutputShapes;
+  }
 
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
   const char* GetName() const { return "SparseAMXMatMul"; }
@@ -49,9 +57,11 @@ struct SparseAMXMatMul : Ort::CustomOpBase<SparseAMXMatMul, SparseAMXMatMulKerne
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
     return i == kB ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   }
+  // One output, or one for every number of `splits`.
   size_t GetOutputTypeCount() const { return 1; }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
-  static Ort::Status InferOutputShape(Ort::ShapeInferContext& context);
+  static OrtStatusPtr InferOutputShapes(const OrtCustomOp* op, OrtShapeInferContext* context) noexcept;
 };
 
 }  // namespace sparamx

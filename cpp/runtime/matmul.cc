@@ -64,7 +64,51 @@ Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& opti
   activations_ = options.default_activations ? DefaultActivations(weights_.type) : options.activations;
   if (!GoesWith(weights_.type, activations_))
     return Status::Invalid("its weight type does not go with these activations");
-  epilogue_ = options.epilogue;
+  return SetOutputs(options);
+}
+
+namespace {
+
+// Some strips of a matrix as a matrix of their own (which has no count of its non-zeros).
+PackedView Columns(const PackedView& whole, size_t first_strip, uint64_t columns) {
+  PackedView w = whole;
+  const size_t first_tile = first_strip * w.tiles;
+  w.n = columns;
+  w.strips = CeilDiv(columns, kStripColumns);
+  if (w.form == Form::kSparse) {
+    w.offsets += first_strip * w.runs * sizeof(uint64_t);  // they count from the first value of the whole
+    w.bitmap += first_tile * MaskBytesPerTile(w.type);
+  } else {
+    w.values += ValueBytes(w.type, first_tile * TileWeights(w.type));
+  }
+  if (w.groups != 0) w.scales += first_strip * w.groups * kStripColumns * (w.scale_type == ScaleType::kFp16 ? 2 : 4);
+  return w;
+}
+
+}  // namespace
+
+Status MatMul::SetOutputs(const Options& options) {
+  std::vector<uint64_t> splits = options.splits;
+  if (splits.empty()) splits.push_back(weights_.n);
+  const std::vector<Epilogue>& epilogues = options.epilogues;
+  if (epilogues.size() > 1 && epilogues.size() != splits.size())
+    return Status::Invalid("it has " + std::to_string(epilogues.size()) + " epilogues for " +
+                           std::to_string(splits.size()) + " outputs");
+  outputs_.clear();
+  uint64_t column = 0;
+  for (size_t i = 0; i < splits.size(); ++i) {
+    const bool last = i + 1 == splits.size();
+    if (!options.splits.empty() && splits[i] == 0) return Status::Invalid("one of its splits has no columns");
+    if (!last && splits[i] % kStripColumns != 0)
+      return Status::Invalid("its split " + std::to_string(splits[i]) + " is not a multiple of " +
+                             std::to_string(kStripColumns) + ", as all but the last must be");
+    if (splits[i] > weights_.n - column) return Status::Invalid("its splits have more than N columns");
+    const size_t strip = column / kStripColumns;
+    const Epilogue epilogue = epilogues.empty() ? Epilogue::kNone : epilogues[epilogues.size() == 1 ? 0 : i];
+    outputs_.push_back({Columns(weights_, strip, splits[i]), strip, epilogue});
+    column += splits[i];
+  }
+  if (column != weights_.n) return Status::Invalid("its splits have fewer than N columns");
   return {};
 }
 
@@ -137,64 +181,99 @@ size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
 
 struct Call {
   const Kernel* kernel;
-  MatMulJob job;  // of the whole matrix; items narrow it
+  const PackedView* weights;  // of all outputs
+  const std::vector<MatMulOutput>* outputs;
+  MatMulJob job;  // what all items have in common
   size_t total_rows, passes, pass_rows, strip_items, k_parts;
-  size_t partial_floats;  // per K part
   const float* x;
   size_t pack_rows;
+  float* const* y;
+  float* partial;  // the bare sums of one K part after the other, each [total_rows, N]; null where there is one part
 };
 
 void PackItem(void* user, size_t item) {
   const Call& c = *static_cast<const Call*>(user);
   const size_t first = item * c.pack_rows, rows = std::min(c.pack_rows, c.total_rows - first);
   uint8_t* out = static_cast<uint8_t*>(const_cast<void*>(c.job.x)) + first * c.job.x_row_bytes;
-  c.kernel->pack_rows(*c.job.weights, c.x + first * c.job.weights->k, rows, out, c.job.x_row_bytes);
+  c.kernel->pack_rows(*c.weights, c.x + first * c.weights->k, rows, out, c.job.x_row_bytes);
 }
 
 void MultiplyItem(void* user, size_t item) {
   const Call& c = *static_cast<const Call*>(user);
-  MatMulJob job = c.job;
-  const PackedView& w = *job.weights;
+  const PackedView& w = *c.weights;
   const size_t pass = item % c.passes, part = item / c.passes % c.k_parts, strip_item = item / c.passes / c.k_parts;
   const size_t first_row = pass * c.pass_rows;
+  const size_t first_strip = FirstStrip(w, strip_item, c.strip_items);
+  const size_t last_strip = FirstStrip(w, strip_item + 1, c.strip_items);
+  MatMulJob job = c.job;
   job.rows = std::min(c.pass_rows, c.total_rows - first_row);
   job.x = static_cast<const uint8_t*>(job.x) + first_row * job.x_row_bytes;
-  job.y += part * c.partial_floats + first_row * job.y_stride;
-  job.first_strip = FirstStrip(w, strip_item, c.strip_items);
-  job.last_strip = FirstStrip(w, strip_item + 1, c.strip_items);
   job.first_run = w.runs * part / c.k_parts;
   job.last_run = w.runs * (part + 1) / c.k_parts;
-  if (job.first_strip < job.last_strip) c.kernel->multiply(job);
+  // An item whose strips belong to several outputs is one job for each of them.
+  for (size_t i = 0; i < c.outputs->size(); ++i) {
+    const MatMulOutput& output = (*c.outputs)[i];
+    const size_t end = output.first_strip + output.weights.strips;
+    if (end <= first_strip || output.first_strip >= last_strip) continue;
+    job.weights = &output.weights;
+    job.first_strip = std::max(first_strip, output.first_strip) - output.first_strip;
+    job.last_strip = std::min(last_strip, end) - output.first_strip;
+    job.y_stride = c.partial != nullptr ? w.n : output.weights.n;
+    job.y = (c.partial != nullptr ? c.partial + part * c.total_rows * w.n + output.first_column() : c.y[i]) +
+            first_row * job.y_stride;
+    job.bias = c.job.bias == nullptr ? nullptr : c.job.bias + output.first_column();
+    job.epilogue = output.epilogue;
+    c.kernel->multiply(job);
+  }
+}
+
+// y[rows, N] = the sum of all K parts, in ascending order, for one output.
+void AddParts(const Call& c, const MatMulOutput& output, float* y) {
+  const size_t n = c.weights->n, columns = output.weights.n;
+  for (size_t m = 0; m < c.total_rows; ++m) {
+    const float* parts = c.partial + m * n + output.first_column();
+    for (size_t i = 0; i < columns; ++i) {
+      float sum = parts[i];
+      for (size_t p = 1; p < c.k_parts; ++p) sum += parts[p * c.total_rows * n + i];
+      y[m * columns + i] = sum;
+    }
+  }
 }
 
 }  // namespace
 
-void MatMul::Run(const float* x, size_t rows, const float* bias, float* y, void* scratch,
+void MatMul::Run(const float* x, size_t rows, const float* bias, float* const* y, void* scratch,
                  const ParallelFor& parallel) const noexcept {
-  const size_t n = weights_.n;
-  if (rows == 0 || n == 0) return;
+  if (rows == 0 || weights_.n == 0) return;
+  const auto finish = [&](size_t i) {
+    const size_t columns = outputs_[i].weights.n;
+    const float* b = bias == nullptr ? nullptr : bias + outputs_[i].first_column();
+    level_->finish(y[i], columns, rows, columns, b, outputs_[i].epilogue);
+  };
   if (weights_.k == 0) {
-    std::memset(y, 0, rows * n * sizeof(float));
-    return level_->finish(y, n, rows, n, bias, epilogue_);
+    for (size_t i = 0; i < outputs(); ++i) {
+      std::memset(y[i], 0, rows * columns(i) * sizeof(float));
+      finish(i);
+    }
+    return;
   }
   const Split split = SplitFor(rows);
   const PackedX packed = PackedXFor(rows);
   Call c = {};
   c.kernel = &KernelFor(rows);
+  c.weights = &weights_;
+  c.outputs = &outputs_;
   c.total_rows = rows;
   c.passes = split.passes;
   c.pass_rows = split.pass_rows;
   c.strip_items = split.strip_items;
   c.k_parts = split.k_parts;
   c.x = x;
-  c.job.weights = &weights_;
+  c.y = y;
   c.job.x = packed.in_place ? static_cast<const void*>(x) : scratch;
   c.job.x_row_bytes = packed.row_bytes;
-  c.job.y = y;
-  c.job.y_stride = n;
   c.job.finish = split.k_parts == 1;
   c.job.bias = bias;
-  c.job.epilogue = epilogue_;
 
   auto run = [&](size_t count, void (*body)(void*, size_t)) {
     if (count == 1) return body(&c, 0);
@@ -206,19 +285,13 @@ void MatMul::Run(const float* x, size_t rows, const float* bias, float* y, void*
     const size_t used = rows * packed.row_bytes;
     std::memset(static_cast<uint8_t*>(scratch) + used, 0, packed.bytes - used);
   }
-  float* partial = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + packed.bytes);
-  if (split.k_parts > 1) {
-    c.job.y = partial;
-    c.partial_floats = rows * n;
-  }
+  if (split.k_parts > 1) c.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + packed.bytes);
   run(split.items(), MultiplyItem);
   if (split.k_parts == 1) return;
-  for (size_t i = 0; i < rows * n; ++i) {
-    float sum = partial[i];
-    for (size_t p = 1; p < split.k_parts; ++p) sum += partial[p * c.partial_floats + i];
-    y[i] = sum;
+  for (size_t i = 0; i < outputs(); ++i) {
+    AddParts(c, outputs_[i], y[i]);
+    finish(i);
   }
-  level_->finish(y, n, rows, n, bias, epilogue_);
 }
 
 }  // namespace sparamx

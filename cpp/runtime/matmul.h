@@ -1,9 +1,10 @@
-// Y = epilogue(X W + bias) for a packed W: which kernel, how the work is split, where scratch lies. Knows no host:
-// threads come as a callback, memory as pointers.
+// Y = epilogue(X W + bias) for a packed W: which kernel, how the work is split, where scratch lies. Y may be several
+// outputs side by side. Knows no host: threads come as a callback, memory as pointers.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "format/packed_format.h"
 #include "kernels/kernel_table.h"
@@ -16,10 +17,21 @@ struct ParallelFor {
   void* host;
 };
 
+// One of the outputs: the weights of its columns as a matrix of their own, and where they begin in the whole.
+struct MatMulOutput {
+  PackedView weights;
+  size_t first_strip;
+  Epilogue epilogue;
+
+  size_t first_column() const { return first_strip * kStripColumns; }
+};
+
 class MatMul {
  public:
   struct Options {
-    Epilogue epilogue = Epilogue::kNone;
+    // Columns of every output, N together; all but the last a multiple of 16. Empty: one output of N columns.
+    std::vector<uint64_t> splits;
+    std::vector<Epilogue> epilogues;  // one for every output, or one for all; empty: none
     bool default_activations = true;  // bf16 for bf16 weights, fp32 for fp32 weights
     Activations activations = Activations::kFp32;
     const char* isa = nullptr;  // a level's name; null: SPARAMX_ISA or the best
@@ -31,18 +43,21 @@ class MatMul {
   // Bytes that Run needs for M rows; align them to 64.
   size_t ScratchBytes(size_t rows) const;
 
-  // X[rows, K] and Y[rows, N] are row-major; bias is null or N floats. The result does not depend on the number of
-  // threads.
-  void Run(const float* x, size_t rows, const float* bias, float* y, void* scratch,
+  // X[rows, K] and every output y[i][rows, columns(i)] are row-major; bias is null or N floats. The result does not
+  // depend on the number of threads.
+  void Run(const float* x, size_t rows, const float* bias, float* const* y, void* scratch,
            const ParallelFor& parallel) const noexcept;
 
   const PackedView& weights() const { return weights_; }
+  size_t outputs() const { return outputs_.size(); }
+  size_t columns(size_t output) const { return outputs_[output].weights.n; }
   // The name of the kernel that runs for M = rows.
   const char* path(size_t rows) const { return KernelFor(rows).path; }
 
  private:
   struct Split;
   struct PackedX;
+  Status SetOutputs(const Options& options);
   const Kernel& KernelFor(size_t rows) const;
   Split SplitFor(size_t rows) const;
   PackedX PackedXFor(size_t rows) const;
@@ -51,7 +66,7 @@ class MatMul {
   const Level* level_ = nullptr;
   bool forced_level_ = false;
   Activations activations_ = Activations::kFp32;
-  Epilogue epilogue_ = Epilogue::kNone;
+  std::vector<MatMulOutput> outputs_;
 };
 
 }  // namespace sparamx

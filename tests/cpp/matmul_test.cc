@@ -61,6 +61,25 @@ double Activated(double x, Epilogue epilogue) {
   return 0;
 }
 
+// Packs p.w into p.blob, and reads it back as packed.
+void Repack(const Case& c, Problem* p) {
+  const SourceMatrix source = {p->w.data(), c.k, c.n, static_cast<int64_t>(c.n), 1, SourceType::kFp32};
+  PackOptions options;
+  options.type = c.type;
+  options.form = c.form;
+  options.group_size = c.group_size;
+  options.scale_type = c.scale_type;
+  options.threads = 1;
+  uint64_t size = 0;
+  EXPECT_TRUE(PackedSize(source, options, &size).ok());
+  p->blob.resize(size);
+  EXPECT_EQ(Pack(source, options, p->blob.data(), size).message, "");
+  PackedView view = {};
+  EXPECT_EQ(Parse(p->blob.data(), size, &view).message, "");
+  Unpack(view, p->w.data(), 1);
+  p->group_size = view.group_size;
+}
+
 Problem Make(const Case& c, uint32_t seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
@@ -73,21 +92,7 @@ Problem Make(const Case& c, uint32_t seed) {
     p.w[i] = chance(random) < c.sparsity || i % c.n == 2 ? 0.0f : normal(random);
   for (float& v : p.x) v = normal(random);
   for (float& v : p.bias) v = normal(random);
-  const SourceMatrix source = {p.w.data(), c.k, c.n, static_cast<int64_t>(c.n), 1, SourceType::kFp32};
-  PackOptions options;
-  options.type = c.type;
-  options.form = c.form;
-  options.group_size = c.group_size;
-  options.scale_type = c.scale_type;
-  options.threads = 1;
-  uint64_t size = 0;
-  EXPECT_TRUE(PackedSize(source, options, &size).ok());
-  p.blob.resize(size);
-  EXPECT_EQ(Pack(source, options, p.blob.data(), size).message, "");
-  PackedView view = {};
-  EXPECT_EQ(Parse(p.blob.data(), size, &view).message, "");
-  Unpack(view, p.w.data(), 1);
-  p.group_size = view.group_size;
+  Repack(c, &p);
   return p;
 }
 
@@ -143,11 +148,10 @@ struct Threads {
   }
 };
 
-std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, unsigned threads, std::string* path) {
+// The outputs of a product, one block of memory each.
+std::vector<std::vector<float>> MultiplyOutputs(const Case& c, const Problem& p, const MatMul::Options& options,
+                                                unsigned threads, std::string* path) {
   MatMul matmul;
-  MatMul::Options options;
-  options.epilogue = c.epilogue;
-  options.isa = isa;
   EXPECT_EQ(matmul.Init(p.blob.data(), p.blob.size(), options).message, "");
   *path = matmul.path(c.rows);
   const size_t bytes = matmul.ScratchBytes(c.rows);
@@ -155,10 +159,21 @@ std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, un
     void operator()(void* block) const { std::free(block); }
   };
   const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, RoundUp(std::max<size_t>(bytes, 1), 64)));
-  std::vector<float> y(c.rows * c.n, std::nanf(""));
+  std::vector<std::vector<float>> outputs;
+  std::vector<float*> pointers;
+  for (size_t i = 0; i < matmul.outputs(); ++i) outputs.emplace_back(c.rows * matmul.columns(i), std::nanf(""));
+  for (std::vector<float>& y : outputs) pointers.push_back(y.data());
   Threads pool = {threads};
-  matmul.Run(p.x.data(), c.rows, c.bias ? p.bias.data() : nullptr, y.data(), scratch.get(), {Threads::Run, &pool});
-  return y;
+  matmul.Run(p.x.data(), c.rows, c.bias ? p.bias.data() : nullptr, pointers.data(), scratch.get(),
+             {Threads::Run, &pool});
+  return outputs;
+}
+
+std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, unsigned threads, std::string* path) {
+  MatMul::Options options;
+  options.epilogues = {c.epilogue};
+  options.isa = isa;
+  return MultiplyOutputs(c, p, options, threads, path)[0];
 }
 
 // The level whose kernel must run where `level` is forced: fp32 weights need nothing beyond AVX-512 without VBMI2, int8
@@ -219,6 +234,113 @@ TEST(MatMul, EveryLevelAgreesWithDoublePrecision) {
     CheckEveryLevel(c, i);
     if (HasFatalFailure()) return;
   }
+}
+
+bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
+// Columns [first, first + count) of a row-major matrix with `columns` columns.
+std::vector<float> ColumnsOf(const std::vector<float>& y, size_t columns, size_t first, size_t count) {
+  std::vector<float> out;
+  for (size_t i = 0; i < y.size(); i += columns) {
+    const auto row = y.begin() + static_cast<ptrdiff_t>(i + first);
+    out.insert(out.end(), row, row + static_cast<ptrdiff_t>(count));
+  }
+  return out;
+}
+
+// Several outputs are the columns of one, bit for bit, and so is every number of threads.
+void CheckOutputs(const Case& c, const std::vector<uint64_t>& splits, uint32_t seed) {
+  SCOPED_TRACE(testing::Message() << c);
+  const Problem p = Make(c, seed);
+  for (const Level* level : Levels()) {
+    if (!MissingFeatures(level->features).empty()) continue;
+    SCOPED_TRACE(level->name);
+    std::string path;
+    MatMul::Options options;
+    options.isa = level->name;
+    options.splits = splits;
+    for (size_t i = 0; i < splits.size(); ++i) options.epilogues.push_back(static_cast<Epilogue>(i % kEpilogues));
+    for (const unsigned threads : {1u, 3u}) {
+      const auto outputs = MultiplyOutputs(c, p, options, threads, &path);
+      ASSERT_EQ(outputs.size(), splits.size());
+      size_t column = 0;
+      for (size_t i = 0; i < splits.size(); ++i) {
+        Case whole = c;
+        whole.epilogue = options.epilogues[i];
+        const std::vector<float> y = Multiply(whole, p, level->name, 1, &path);
+        EXPECT_TRUE(SameBits(outputs[i], ColumnsOf(y, c.n, column, splits[i]))) << "output " << i;
+        column += splits[i];
+      }
+    }
+  }
+}
+
+TEST(MatMul, SeveralOutputsAreColumnsOfOne) {
+  uint32_t seed = 30;
+  for (int t = 0; t < kWeightTypes; ++t) {
+    const auto type = static_cast<WeightType>(t);
+    for (const Form form : {Form::kSparse, Form::kDense}) {
+      for (const uint64_t rows : {1, 7, 40}) {
+        CheckOutputs({rows, 600, 251, 0.5, type, form, Epilogue::kNone, true}, {16, 112, 48, 64, 11}, ++seed);
+        CheckOutputs({rows, 70, 80, 0.5, type, form, Epilogue::kNone, false}, {48, 32}, ++seed);
+      }
+      CheckOutputs({2, 0, 40, 0.5, type, form, Epilogue::kNone, true}, {16, 24}, ++seed);
+      CheckOutputs({0, 20, 40, 0.5, type, form, Epilogue::kNone, true}, {16, 24}, ++seed);
+    }
+    CheckOutputs({2, 20000, 40, 0.5, type, Form::kSparse, Epilogue::kNone, true}, {16, 16, 8}, ++seed);  // K parts
+  }
+  CheckOutputs({1100, 70, 40, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, {16, 24}, ++seed);
+}
+
+// What fusing promises: where no part is narrow, the outputs of one packed weight are those of its parts on their own.
+TEST(MatMul, OutputsAreThoseOfSeparateWeights) {
+  const std::vector<uint64_t> splits = {288, 320, 301};
+  for (int t = 0; t < kWeightTypes; ++t) {
+    for (const uint64_t rows : {1, 16, 130}) {
+      const Case c = {rows, 1100, 909, 0.5, static_cast<WeightType>(t), Form::kSparse, Epilogue::kNone, true};
+      SCOPED_TRACE(testing::Message() << c);
+      Problem p = Make(c, 90);
+      const std::vector<float> dense = p.w;  // quantized again, numbers change: both sides begin here
+      Repack(c, &p);
+      MatMul::Options options;
+      options.splits = splits;
+      std::string path;
+      const auto outputs = MultiplyOutputs(c, p, options, 2, &path);
+      size_t column = 0;
+      for (size_t i = 0; i < splits.size(); ++i) {
+        Case part = c;
+        part.n = splits[i];
+        Problem q = p;
+        q.bias.assign(&p.bias[column], &p.bias[column] + part.n);
+        q.w = ColumnsOf(dense, c.n, column, part.n);
+        Repack(part, &q);
+        EXPECT_TRUE(SameBits(Multiply(part, q, nullptr, 1, &path), outputs[i])) << "output " << i;
+        column += part.n;
+      }
+    }
+  }
+}
+
+TEST(MatMul, SplitsThatDoNotFitAreRefused) {
+  const Problem p = Make({1, 32, 50, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, false}, 91);
+  const auto complaint = [&](const std::vector<uint64_t>& splits, const std::vector<Epilogue>& epilogues) {
+    MatMul matmul;
+    MatMul::Options options;
+    options.splits = splits;
+    options.epilogues = epilogues;
+    return matmul.Init(p.blob.data(), p.blob.size(), options).message;
+  };
+  EXPECT_EQ(complaint({16, 34}, {}), "");
+  EXPECT_EQ(complaint({50}, {}), "");
+  EXPECT_EQ(complaint({24, 26}, {}), "its split 24 is not a multiple of 16, as all but the last must be");
+  EXPECT_EQ(complaint({16, 32}, {}), "its splits have fewer than N columns");
+  EXPECT_EQ(complaint({16, 48}, {}), "its splits have more than N columns");
+  EXPECT_EQ(complaint({16, ~uint64_t{15}}, {}), "its splits have more than N columns");
+  EXPECT_EQ(complaint({16, 0, 34}, {}), "one of its splits has no columns");
+  EXPECT_EQ(complaint({16, 34}, {Epilogue::kNone, Epilogue::kRelu, Epilogue::kRelu}),
+            "it has 3 epilogues for 2 outputs");
 }
 
 TEST(MatMul, ManyRowsTakeSeveralPasses) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -15,17 +17,22 @@ TOLERANCE = 2e-5
 
 
 def _session(
-    blob: np.ndarray, k: int, n: int, bias: np.ndarray | None = None, rank: int = 2, **attributes: str
+    blob: np.ndarray,
+    k: int,
+    n: int,
+    bias: np.ndarray | None = None,
+    rank: int = 2,
+    outputs: Sequence[str] = ("y",),
+    **attributes: str | Sequence[int],
 ) -> onnxruntime.InferenceSession:
-    node = helper.make_node(
-        SPARSE_AMX_MATMUL.name, ["x", "w"] + ["b"] * (bias is not None), ["y"], domain=DOMAIN, K=k, N=n, **attributes
-    )
+    inputs = ["x", "w"] + ["b"] * (bias is not None)
+    node = helper.make_node(SPARSE_AMX_MATMUL.name, inputs, outputs, domain=DOMAIN, K=k, N=n, **attributes)
     initializers = {"w": blob} if bias is None else {"w": blob, "b": bias}
     graph = helper.make_graph(
         [node],
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [f"d{i}" for i in range(rank - 1)] + [k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name],
         [numpy_helper.from_array(array, name) for name, array in initializers.items()],
     )
     imports = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
@@ -55,7 +62,7 @@ def _expected(case, blob: np.ndarray, epilogue: str, activations: str) -> np.nda
 
 @pytest.mark.parametrize("weight_type", list(WeightType))
 def test_random_shapes(cases, weight_type: WeightType) -> None:
-    epilogues = SPARSE_AMX_MATMUL.attributes[2].choices
+    epilogues = SPARSE_AMX_MATMUL.attributes[3].choices
     activations = {WeightType.FP32: "fp32", WeightType.BF16: "bf16"}.get(weight_type, "int8")
     for index, case in enumerate(cases(400, 15)):
         blob = packing.pack(case.w, PackOptions(weight_type))
@@ -114,3 +121,48 @@ def test_attributes_that_contradict_the_weight(weight) -> None:
     for name in ("epilogue", "activations"):
         with pytest.raises(Exception, match="'sine'"):
             _session(blob, 64, 48, **{name: "sine"})
+
+
+@pytest.mark.parametrize("weight_type", list(WeightType))
+@pytest.mark.parametrize("shape", [(70,), (3, 70), (2, 20, 70), (0, 70)])
+def test_several_outputs(weight, weight_type: WeightType, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(5)
+    splits, epilogues = [48, 16, 33], ["silu", "none", "gelu"]
+    w = weight(rng, 70, sum(splits), 0.5, holes=True)
+    bias, x = rng.standard_normal(sum(splits), np.float32), rng.standard_normal(shape, np.float32)
+    blob = packing.pack(w, PackOptions(weight_type))
+    names = ["y0", "y1", "y2"]
+    session = _session(blob, *w.shape, bias, len(shape), names, splits=splits, epilogue=",".join(epilogues))
+    leading = [f"d{i}" for i in range(len(shape) - 1)]
+    assert [output.shape for output in session.get_outputs()] == [[*leading, columns] for columns in splits]
+    outputs = session.run(None, {"x": x})
+    column = 0
+    for y, columns, epilogue in zip(outputs, splits, epilogues, strict=True):
+        (whole,) = _session(blob, *w.shape, bias, len(shape), epilogue=epilogue).run(None, {"x": x})
+        assert y.tobytes() == whole[..., column : column + columns].tobytes()
+        column += columns
+    # One epilogue serves all outputs.
+    outputs = _session(blob, *w.shape, bias, len(shape), names, splits=splits, epilogue="relu").run(None, {"x": x})
+    (whole,) = _session(blob, *w.shape, bias, len(shape), epilogue="relu").run(None, {"x": x})
+    assert np.concatenate(outputs, axis=-1).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "attributes", "complaint"),
+    [
+        (["a", "b"], {"splits": [24, 24]}, "split 24 is not a multiple of 16"),
+        (["a", "b"], {"splits": [16, 16]}, "fewer than N columns"),
+        (["a", "b"], {"splits": [16, 48]}, "more than N columns"),
+        (["a", "b"], {"splits": [48, 0]}, "split 0 is not positive"),
+        (["a", "b"], {"splits": [64, -16]}, "split -16 is not positive"),
+        (["a", "b"], {}, "2 outputs, but its attribute splits is for 1"),
+        (["a"], {"splits": [32, 16]}, "1 outputs, but its attribute splits is for 2"),
+        (["a", "", "c"], {"splits": [16, 16, 16]}, "its output 1 has no name"),
+        (["a", "b"], {"splits": [32, 16], "epilogue": "relu,none,none"}, "3 epilogues for 2 outputs"),
+        (["a", "b"], {"splits": [32, 16], "epilogue": "relu,"}, "unknown epilogue ''"),
+    ],
+)
+def test_outputs_that_do_not_fit(weight, outputs: list[str], attributes: dict, complaint: str) -> None:
+    blob = packing.pack(weight(np.random.default_rng(6), 64, 48, 0.5, holes=False), PackOptions())
+    with pytest.raises(Exception, match=f"SparseAMXMatMul node.*{complaint}"):
+        _session(blob, 64, 48, outputs=outputs, **attributes)

@@ -26,7 +26,8 @@ def main() -> None:
             outputs[path.stem] = np.array(str(error))
             continue
         for name, x in inputs.items():
-            outputs[f"{path.stem}/{name}"] = session.run(None, {"x": x})[0]
+            outputs[f"{path.stem}/{name}"] = np.concatenate(session.run(None, {"x": x}), axis=-1)
+        outputs[f"{path.stem}/shapes"] = np.array([str(output.shape) for output in session.get_outputs()])
     np.savez(output, version=np.array(onnxruntime.__version__), **outputs)
 
 

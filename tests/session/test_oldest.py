@@ -18,6 +18,7 @@ import sparamx_onnx
 OLDEST = "1.21.1"
 K, N = 200, 130
 ROWS = (1, 2, 7, 40)
+SPLITS = (64, 16, 50)
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 WORKER = Path(__file__).with_name("oldest_worker.py")
 
@@ -36,6 +37,9 @@ def folder(
             for epilogue in EPILOGUES:
                 layers = [make_layer(K, N, weight_type, form, epilogue=epilogue), make_layer(N, 50, weight_type, form)]
                 save_model(make_model(layers), folder / f"{weight_type}-{form}-{epilogue}.onnx")
+        siblings = make_model([make_layer(K, N, weight_type, epilogue="silu")])
+        _cut(siblings)
+        onnx.save(siblings, folder / f"{weight_type}-siblings.onnx")
     inline = make_model([make_layer(K, N)])
     onnx.save(inline, folder / "inline.onnx")
     blob = bytearray(inline.graph.initializer[0].raw_data)
@@ -45,6 +49,16 @@ def folder(
     rng = np.random.default_rng(0)
     np.savez(folder / "x.npz", **{f"rows{rows}": rng.standard_normal((rows, K), np.float32) for rows in ROWS})
     return folder
+
+
+def _cut(model: onnx.ModelProto) -> None:
+    """Has the only node of a model deliver its columns as several outputs, whose shapes are left to be inferred."""
+    (node,) = model.graph.node
+    del node.output[:], model.graph.output[:]
+    for index in range(len(SPLITS)):
+        node.output.append(f"y{index}")
+        model.graph.output.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, None))
+    node.attribute.append(helper.make_attribute("splits", SPLITS))
 
 
 def test_the_oldest_and_this_runtime_compute_the_same_bits(
@@ -62,9 +76,13 @@ def test_the_oldest_and_this_runtime_compute_the_same_bits(
         assert "damaged" in str(outputs["damaged"])
     del then["damaged"], now["damaged"]
     assert set(then) == set(now)
-    assert len(then) == (2 * 2 * len(EPILOGUES) + 1) * len(ROWS)
+    shapes = {name: list(then.pop(name)) for name in list(then) if name.endswith("/shapes")}
+    assert shapes == {name: list(now.pop(name)) for name in shapes}
+    for weight_type in ("fp32", "bf16"):
+        assert shapes[f"{weight_type}-siblings/shapes"] == [f"['batch', {columns}]" for columns in SPLITS]
+    assert len(then) == (2 * (2 * len(EPILOGUES) + 1) + 1) * len(ROWS)
     for name, y in then.items():
-        assert y.shape == (int(name.partition("/rows")[2]), N if name.startswith("inline") else 50)
+        assert y.shape == (int(name.partition("/rows")[2]), 50 if "-" in name and "siblings" not in name else N)
         assert np.isfinite(y).all()
         assert y.tobytes() == now[name].tobytes(), name
 
