@@ -1,11 +1,16 @@
-// AVX-512 F, BW, DQ, VL without VBMI2 (Skylake, Cascade Lake, Cooper Lake): only vpexpandd exists, so bf16 is widened
-// first.
+// AVX-512 F, BW, DQ, VL without VBMI2 and VNNI (Skylake): only vpexpandd exists, so bf16 is widened first.
 //
 // Expanding a row of 16 fp32 weights: kmovw (port 5), vpexpandd (2 x port 5), popcnt. A row of 32 bf16 weights: twice
 // vpmovzxwd (port 5) + kmovw + vpexpandd, two shifts, then two vpermt2ps (port 5) from the pair order to one row per k.
 // Registers at M > 8: 12 x 2 sums, 2 weight rows, broadcasts from memory. At M <= 8: one sum per row (4 at M = 1).
-#include "kernels/avx512_vec.h"
+//
+// A row of 64 int8 weights: expand_bytes.h, then vpxord, vpabsb and vpcmpub make magnitudes and a mask of the negative;
+// per row of X a masked vpsubb, vpmaddubsw (cannot saturate: both sides are at most 127), vpmaddwd with ones, vpaddd:
+// as many operations as fp32 takes. Registers at M > 4: 6 x 2 sums, 2 weight rows and 2 masks.
+#include "kernels/avx512_integer.h"
+#include "kernels/expand_bytes.h"
 #include "kernels/pack_rows.h"
+#include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
 
 namespace sparamx {
@@ -79,6 +84,41 @@ struct Avx512Bf16 : Avx512Base {
   }
 };
 
+struct Avx512Quantized : Avx512Integer {
+  struct Weight {
+    __m512i magnitudes;
+    __mmask64 negative;
+  };
+  static constexpr bool kStoredCodes = false;
+
+  static SPARAMX_INLINE Weight Signed(__m512i codes) {
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(CodeBias(WeightType::kInt8)));
+    return {_mm512_abs_epi8(_mm512_xor_si512(codes, zero)), _mm512_cmplt_epu8_mask(codes, zero)};
+  }
+  static SPARAMX_INLINE Weight Weights(const uint8_t* tile, int row) {
+    return Signed(_mm512_load_si512(tile + row * 64));
+  }
+  static SPARAMX_INLINE IntVec Dot(IntVec sum, const Weight& w, const uint8_t* x) {
+    const __m512i codes = _mm512_set1_epi32(LoadInt(x));
+    const __m512i signs = _mm512_mask_sub_epi8(codes, w.negative, _mm512_setzero_si512(), codes);
+    const __m512i words = _mm512_maddubs_epi16(w.magnitudes, signs);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(words, _mm512_set1_epi16(1)));
+  }
+
+  template <bool Int4, bool Sparse>
+  struct Stream {
+    static constexpr bool kLowerRowsTimes16 = false;
+    ByteStream<Sparse> codes;
+    explicit Stream(const Cursor& start) : codes(start) {}
+    SPARAMX_INLINE void BeginTile() { codes.BeginTile(); }
+    SPARAMX_INLINE Weight Row(int row) { return Signed(codes.Row(row)); }
+  };
+  template <bool Int4, bool Sparse>
+  static SPARAMX_INLINE void Expand(Cursor* cursor, uint8_t* out) {
+    ExpandBytes<Sparse>(cursor, out);
+  }
+};
+
 }  // namespace
 
 const Level kAvx512Level = {
@@ -88,7 +128,7 @@ const Level kAvx512Level = {
         {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Fp32>}, {}},
         {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Bf16>},
          {"avx512", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
-        {},
+        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Quantized, false>}},
         {},
     },
     FinishRows,

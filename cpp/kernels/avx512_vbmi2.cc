@@ -3,6 +3,7 @@
 //
 // A row of 32 bf16 weights: kmovd (port 5), vpexpandw (2 x port 5), a shift, an and, popcnt; then two FMAs per row of
 // X. fp32 weights have nothing to gain from VBMI2: the table entry is avx512's.
+#include "kernels/avx512_integer.h"
 #include "kernels/avx512_vec.h"
 #include "kernels/expand_vbmi2.h"
 #include "kernels/pack_rows.h"
@@ -43,34 +44,9 @@ struct Vbmi2Bf16 : Avx512Base {
   }
 };
 
-struct Vbmi2Quantized : Avx512Base {
-  using IntVec = __m512i;
-  using Weight = __m512i;
+struct Vbmi2Quantized : Avx512Vnni {
   template <bool Int4, bool Sparse>
   using Stream = CodeStream<Int4, Sparse>;
-  static constexpr bool kStoredCodes = true;
-  static constexpr size_t kDirectRows = 4;
-  static constexpr size_t kBlockRows = 6;
-
-  static SPARAMX_INLINE IntVec ZeroInt() { return _mm512_setzero_si512(); }
-  static SPARAMX_INLINE IntVec StartInt(int32_t v) { return _mm512_set1_epi32(v); }
-  static SPARAMX_INLINE IntVec AddInt(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
-  static SPARAMX_INLINE IntVec Sixteenth(IntVec v) { return _mm512_srai_epi32(v, 4); }
-  static SPARAMX_INLINE Weight Weights(const uint8_t* tile, int row) { return _mm512_load_si512(tile + row * 64); }
-  // Left alone, GCC 12 puts the expansions of eight rows before their products and runs out of registers: 4-bit weights
-  // then take 23 % longer. What the barrier names is computed before what follows it.
-  static SPARAMX_INLINE IntVec Dot(IntVec sum, Weight w, const uint8_t* x) {
-    sum = _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(LoadInt(x)));
-    __asm__ volatile("" : "+v"(sum));
-    return sum;
-  }
-  static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
-    if (fp16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_loadu_ps(p);
-  }
-  static SPARAMX_INLINE Vec Flush(Vec sum, IntVec ints, Vec scales, float x_scale) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints), _mm512_mul_ps(scales, _mm512_set1_ps(x_scale)), sum);
-  }
 
   template <bool Int4, bool Sparse>
   static SPARAMX_INLINE void Expand(Cursor* cursor, uint8_t* out) {

@@ -65,6 +65,7 @@ enum CpuFeature : uint64_t {
 extern const Level kScalarLevel;
 extern const Level kAvx2Level;
 extern const Level kAvx512Level;
+extern const Level kAvx512VnniLevel;
 extern const Level kAvx512Vbmi2Level;
 extern const Level kAvx512Bf16Level;
 extern const Level kAmxLevel;

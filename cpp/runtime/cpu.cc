@@ -153,8 +153,8 @@ std::vector<std::string> FeatureNames() {
 }
 
 const std::vector<const Level*>& Levels() {
-  static const std::vector<const Level*> levels = {&kScalarLevel,      &kAvx2Level,       &kAvx512Level,
-                                                   &kAvx512Vbmi2Level, &kAvx512Bf16Level, &kAmxLevel};
+  static const std::vector<const Level*> levels = {
+      &kScalarLevel, &kAvx2Level, &kAvx512Level, &kAvx512VnniLevel, &kAvx512Vbmi2Level, &kAvx512Bf16Level, &kAmxLevel};
   return levels;
 }
 

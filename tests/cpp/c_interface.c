@@ -66,7 +66,7 @@ static void check_product(const void* blob, uint64_t blob_size, const float* w, 
 }
 
 static void check_matrix(uint64_t k, uint64_t n, uint32_t weight_type, uint32_t form, const char* expected_level) {
-  static const char* const levels[] = {"scalar", "avx2", "avx512", "avx512_vbmi2", "avx512_bf16", "amx"};
+  static const char* const levels[] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx"};
   float* w = malloc(k * n * sizeof(float));
   float* back = malloc(k * n * sizeof(float));
   sparamx_matrix matrix;

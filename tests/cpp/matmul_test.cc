@@ -176,12 +176,14 @@ std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, un
   return MultiplyOutputs(c, p, options, threads, path)[0];
 }
 
-// The level whose kernel must run where `level` is forced: fp32 weights need nothing beyond AVX-512 without VBMI2, int8
-// and int4 have VNNI kernels from VBMI2 on and no use for BF16.
+// The level whose kernel must run where `level` is forced.
 std::string ExpectedPath(const std::string& level, WeightType type) {
-  if (type == WeightType::kBf16 || level == "scalar" || level == "avx2") return level;
+  if (level == "scalar" || level == "avx2") return level;
   if (type == WeightType::kFp32) return "avx512";
-  return level == "avx512" ? "avx2" : level == "avx512_bf16" ? "avx512_vbmi2" : level;
+  // What was new in VNNI says nothing to bf16, and what was new in BF16 nothing to integers.
+  if (type == WeightType::kBf16) return level == "avx512_vnni" ? "avx512" : level;
+  if (type == WeightType::kInt4 && (level == "avx512" || level == "avx512_vnni")) return "avx2";
+  return level == "avx512_bf16" ? "avx512_vbmi2" : level;
 }
 
 // AMX multiplies int4 weights as bf16 numbers where there are more than 32 rows.

@@ -20,13 +20,13 @@ SUM_ERROR = 2e-6
 EPILOGUE_ERROR = 2e-7
 SLOPE = 1.13
 
-# The kernel that runs where a level is forced: fp32 weights need nothing beyond AVX-512 without VBMI2; int8 and int4
-# weights have VNNI kernels from VBMI2 on, and no use for BF16.
+# The kernel that runs where a forced level has none of its own for these weights: fp32 has nothing to gain beyond
+# AVX-512, bf16 nothing from VNNI, int8 and int4 nothing from BF16.
 _PATHS = {
-    WeightType.FP32: {"avx512_vbmi2": "avx512", "avx512_bf16": "avx512", "amx": "avx512"},
-    WeightType.BF16: {},
-    WeightType.INT8: {"avx512": "avx2", "avx512_bf16": "avx512_vbmi2"},
-    WeightType.INT4: {"avx512": "avx2", "avx512_bf16": "avx512_vbmi2"},
+    WeightType.FP32: dict.fromkeys(("avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx"), "avx512"),
+    WeightType.BF16: {"avx512_vnni": "avx512"},
+    WeightType.INT8: {"avx512_bf16": "avx512_vbmi2"},
+    WeightType.INT4: {"avx512": "avx2", "avx512_vnni": "avx2", "avx512_bf16": "avx512_vbmi2"},
 }
 
 
