@@ -64,6 +64,7 @@ Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& opti
   activations_ = options.default_activations ? DefaultActivations(weights_.type) : options.activations;
   if (!GoesWith(weights_.type, activations_))
     return Status::Invalid("its weight type does not go with these activations");
+  kernel_ = options.kernel;
   return SetOutputs(options);
 }
 
@@ -113,7 +114,7 @@ Status MatMul::SetOutputs(const Options& options) {
 }
 
 const Kernel& MatMul::KernelFor(size_t rows) const {
-  return *ChooseKernel(*level_, forced_level_, weights_.type, activations_, rows);
+  return kernel_ != nullptr ? *kernel_ : *ChooseKernel(*level_, forced_level_, weights_.type, activations_, rows);
 }
 
 MatMul::PackedX MatMul::PackedXFor(size_t rows) const {

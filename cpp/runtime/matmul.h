@@ -34,7 +34,8 @@ class MatMul {
     std::vector<Epilogue> epilogues;  // one for every output, or one for all; empty: none
     bool default_activations = true;  // bf16 for bf16 weights, fp32 for fp32 weights
     Activations activations = Activations::kFp32;
-    const char* isa = nullptr;  // a level's name; null: SPARAMX_ISA or the best
+    const char* isa = nullptr;       // a level's name; null: SPARAMX_ISA or the best
+    const Kernel* kernel = nullptr;  // runs at every M, for measurements; null: the choice of choice.cc
   };
 
   // Checks the blob. The blob must outlive the object, unchanged.
@@ -65,6 +66,7 @@ class MatMul {
   PackedView weights_ = {};
   const Level* level_ = nullptr;
   bool forced_level_ = false;
+  const Kernel* kernel_ = nullptr;
   Activations activations_ = Activations::kFp32;
   std::vector<MatMulOutput> outputs_;
 };
