@@ -30,7 +30,8 @@ test-all: export SPARAMX_TEST_FULL = 1
 test-all: lint test-cpp test-sanitizers test-threads test-python test-oldest
 
 bench: build
-	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/kernels.py --quick --json build/benchmarks/kernels.json
+	$(BIN)/python benchmarks/models.py --json build/benchmarks/models.json
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/memory.py
 

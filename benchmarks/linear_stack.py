@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 _ALIGNMENT = 4096
-_OPSET, _IR_VERSION = 20, 10  # what the oldest supported ONNX Runtime reads
+_OPSET, _IR_VERSION = 17, 8  # what the oldest of the engines reads
 
 
 def write(path: Path, k: int, n: int, layers: int, sparsity: float, seed: int = 0) -> None:

@@ -110,7 +110,7 @@ def sample(pid: int, dense: Path) -> dict[str, int]:
 
 def share(packed: Path) -> list[dict[str, int]]:
     """Memory of two processes that have run the same model, measured while both are alive."""
-    job = {"model": str(packed), "sparse": True, "threads": 1, "seed": 0, "stream": None}
+    job = {"engine": "sparamx", "model": str(packed), "threads": 1, "seed": 0, "stream": None}
     with rotation.Worker(job) as one, rotation.Worker(job) as other:
         for worker in (one, other):
             worker.ask({"run": 1, "m": 1})

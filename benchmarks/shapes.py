@@ -8,7 +8,7 @@ Shape = tuple[int, int]
 
 
 def _decoder(width: int, keys: int, inner: int) -> list[Shape]:
-    """q and o, k and v, gate and up, down."""
+    """Q and o, k and v, gate and up, down."""
     return [(width, width), (width, keys), (width, inner), (inner, width)]
 
 

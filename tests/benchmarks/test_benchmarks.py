@@ -23,44 +23,104 @@ def run(script: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str
 
 
 @pytest.mark.parametrize(("k", "n"), [(256, 320), (320, 256), (256, 256)])
-def test_layer_measures_both_engines_and_the_stream(tmp_path: Path, k: int, n: int) -> None:
-    document, printed = run(
-        "layer.py", tmp_path, *f"--k {k} --n {n} --layers 3 --m 1,16 --rounds 2 --folder {tmp_path}".split()
-    )
+def test_models_measures_every_engine_and_the_stream(tmp_path: Path, k: int, n: int) -> None:
+    sizes = f"--shapes {k}x{n} --layers 3 --m 1 16 --rounds 2 --folder {tmp_path}"
+    document, printed = run("models.py", tmp_path, *sizes.split())
     assert document["machine"]["cpu"] in printed
-    assert document["dense_bytes"] == 3 * k * n * 4
-    # bf16 at 50 %: 9 bits a weight, a header and offsets.
-    assert document["packed_bytes"] == pytest.approx(3 * k * n * 9 / 8, rel=0.05)
-    assert document["relative_error"] < 0.05
-    one, sixteen = document["results"]
+    one, sixteen = document["cells"]
     assert (one["m"], sixteen["m"]) == (1, 16)
-    assert one["faster"] == pytest.approx(one["median_seconds"]["dense"] / one["median_seconds"]["packed"])
-    for loop in ("plain", "prefetched"):
-        figures = one[loop]
-        assert figures["share"] == pytest.approx(figures["kernel_gb_per_second"] / figures["loop_gb_per_second"])
-        assert loop not in sixteen
-    assert f"{one['faster']:.2f}x" in printed
+    assert one["dense_bytes"] == 3 * k * n * 4
+    # bf16 at 50 %: 9 bits a weight, a header and offsets.
+    assert one["packed_bytes"]["packed-bf16"] == pytest.approx(3 * k * n * 9 / 8, rel=0.05)
+    expected = {"ort-fp32", "ort-int8", "ort-int4", "packed-fp32", "packed-bf16", "packed-int8", "packed-int4"}
+    for cell in (one, sixteen):
+        assert set(cell["engines"]) | set(cell["missing"]) == expected | {"openvino-bf16", "deepsparse"}
+        assert set(cell["engines"]) >= expected
+        assert all(engine["seconds"] > 0 and len(engine["turns"]) == 2 for engine in cell["engines"].values())
+        for name in cell["missing"]:
+            assert f"{name:<14} not installed" in printed
+    assert set(one["streams"]) == {name for name in expected if name.startswith("packed")}
+    assert sixteen["streams"] == {}
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"], "the models must not be left behind"
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_layer_against_quantized_models(tmp_path: Path, weights: str) -> None:
-    sizes = "--k 128 --n 128 --layers 3 --m 2 --rounds 2"
-    document, printed = run(
-        "layer.py", tmp_path, *f"{sizes} --weights {weights} --against {weights} --folder {tmp_path}".split()
+def test_models_goes_on_from_what_is_there(tmp_path: Path) -> None:
+    options = (
+        f"--shapes 128x128 --layers 2 --rounds 2 --folder {tmp_path / 'models'} --keep --engines ort-fp32 packed-bf16"
     )
-    assert f"ONNX Runtime {weights}" in printed
-    assert document["results"][0]["median_seconds"]["dense"] > 0
+    first, _ = run("models.py", tmp_path, *options.split(), "--m", "2")
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.onnx")}
+    assert {path.name for path in made} == {"dense.onnx", "packed-bf16.onnx"}
+    second, printed = run("models.py", tmp_path, *options.split(), "--m", "2", "16")
+    assert second["cells"][0] == first["cells"][0]
+    assert [cell["m"] for cell in second["cells"]] == [2, 16]
+    assert "M    2" not in printed
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
+def test_results_of_another_machine_are_not_mixed(tmp_path: Path) -> None:
+    options = f"--shapes 64x64 --layers 1 --rounds 1 --m 1 --folder {tmp_path} --engines ort-fp32".split()
+    document, _ = run("models.py", tmp_path, *options)
+    document["machine"]["cpu"] = "an abacus"
+    (tmp_path / "out.json").write_text(json.dumps(document))
+    command = [sys.executable, str(BENCHMARKS / "models.py"), "--json", str(tmp_path / "out.json"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "measured on another machine (an abacus)" in done.stderr
+
+
+def test_kernels_measures_every_combination(tmp_path: Path) -> None:
+    options = [
+        "--shapes",
+        "64x80,96x48",
+        "--sparsity",
+        "0.5",
+        "0.9",
+        "--m",
+        "1",
+        "17",
+        "--cell-seconds",
+        "0.01",
+        "--file-bytes",
+        "300000",
+    ]
+    document, printed = run("kernels.py", tmp_path, *options)
+    assert len(document["cells"]) == 4 * 2 * 2 * 2
+    for cell in document["cells"]:
+        assert cell["seconds"] > 0
+        assert cell["path"] in printed
+        assert ("plain_bytes_per_second" in cell) == (cell["m"] == 1)
+    again, _ = run("kernels.py", tmp_path, *options)
+    assert again["cells"] == document["cells"], "what is there is not measured again"
+
+
+def test_kernels_runs_the_level_that_is_asked_for(tmp_path: Path) -> None:
+    options = [
+        "--shapes",
+        "64x80",
+        "--sparsity",
+        "0.5",
+        "--m",
+        "1",
+        "--cell-seconds",
+        "0.01",
+        "--file-bytes",
+        "100000",
+        "--level",
+        "scalar",
+    ]
+    document, _ = run("kernels.py", tmp_path, *options)
+    assert {cell["path"] for cell in document["cells"]} == {"scalar"}
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_an_interrupted_benchmark(tmp_path: Path, signal_number: signal.Signals) -> None:
-    command = [sys.executable, str(BENCHMARKS / "layer.py"), f"--folder={tmp_path}"]
-    command += ["--k=64", "--n=64", "--layers=2", "--m=1", "--rounds=100000"]
+    command = [sys.executable, str(BENCHMARKS / "models.py"), f"--folder={tmp_path}"]
+    command += ["--shapes=64x64", "--layers=2", "--m=1", "--rounds=100000", "--engines", "ort-fp32", "packed-bf16"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process:
-        while not process.stdout.readline().startswith("packed weights"):
+        while "layers 64 x 64" not in process.stdout.readline():
             assert process.poll() is None
         workers: list[Path] = []
         deadline = time.monotonic() + 60
@@ -85,8 +145,8 @@ def _command_line(process: str) -> bytes:
         return b""
 
 
-def test_layer_says_when_there_is_too_little_memory(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "layer.py"), "--layers=100000", f"--folder={tmp_path}"]
+def test_models_says_when_there_is_too_little_memory(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "models.py"), "--layers=100000", f"--folder={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "take fewer --layers" in done.stderr
