@@ -21,9 +21,8 @@ class Cells:
             return
         document = json.loads(path.read_text())
         if document["machine"]["cpu"] != machine["cpu"] or document["machine"]["cores"] != machine["cores"]:
-            raise SystemExit(
-                f"{path} was measured on another machine ({document['machine']['cpu']}); name another file"
-            )
+            other = document["machine"]["cpu"]
+            raise SystemExit(f"{path} was measured on another machine ({other}); name another file")
         for cell in document["cells"]:
             self.add(cell)
 

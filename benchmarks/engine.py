@@ -15,6 +15,7 @@ Runs in environments of other engines too, so it imports nothing of theirs or ou
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import mmap
 import os
@@ -81,8 +82,7 @@ class _OpenVino:
     """Compiled again for every number of rows: what it does best."""
 
     def __init__(self, model: str, threads: int, precision: str) -> None:
-        import openvino
-
+        openvino = importlib.import_module("openvino")
         self._core = openvino.Core()
         self._model = self._core.read_model(model)
         self._settings = {
@@ -105,10 +105,9 @@ class _DeepSparse:
 
     def __init__(self, model: str, threads: int) -> None:
         os.environ["NM_DISABLE_ANALYTICS"] = "True"
-        import deepsparse
         import onnx
 
-        self._deepsparse = deepsparse
+        self._deepsparse = importlib.import_module("deepsparse")
         self._model, self._threads = model, threads
         graph = onnx.load(model, load_external_data=False).graph
         self.width = graph.input[0].type.tensor_type.shape.dim[1].dim_value

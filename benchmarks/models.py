@@ -110,7 +110,7 @@ def find_pythons(engines: Sequence[str], peers: Sequence[str]) -> dict[str, str]
     return found
 
 
-# --- Models -------------------------------------------------------------------------------------------------------------
+# --- Models -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def blob_range(model: Path) -> BlobRange:
     return BlobRange(model.parent / blobs[0][2], min(blobs)[0], end, sum(length for _, length, _ in blobs))
 
 
-# --- Measuring ----------------------------------------------------------------------------------------------------------
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 
 def start(name: str, stack: Stack, python: str, threads: int) -> rotation.Worker:
@@ -254,8 +254,8 @@ def measure_stack(stack: Stack, arguments: argparse.Namespace, pythons: dict[str
     if not rows:
         return
     print(
-        f"\n{stack.layers} layers {stack.k} x {stack.n}, {stack.sparsity:.0%} zeros, dense {stack.dense_bytes / 1e9:.2f} "
-        f"GB, {arguments.threads} threads, {arguments.rounds} turns each",
+        f"\n{stack.layers} layers {stack.k} x {stack.n}, {stack.sparsity:.0%} zeros, "
+        f"dense {stack.dense_bytes / 1e9:.2f} GB, {arguments.threads} threads, {arguments.rounds} turns each",
         flush=True,
     )
     with contextlib.ExitStack() as open_workers:

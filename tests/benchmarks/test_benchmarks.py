@@ -12,6 +12,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
+QUICK = ["--cell-seconds=0.01", "--file-bytes=300000"]
+
 
 def run(script: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """What a benchmark writes with --json, and what it prints."""
@@ -45,13 +47,12 @@ def test_models_measures_every_engine_and_the_stream(tmp_path: Path, k: int, n: 
 
 
 def test_models_goes_on_from_what_is_there(tmp_path: Path) -> None:
-    options = (
-        f"--shapes 128x128 --layers 2 --rounds 2 --folder {tmp_path / 'models'} --keep --engines ort-fp32 packed-bf16"
-    )
-    first, _ = run("models.py", tmp_path, *options.split(), "--m", "2")
+    sizes = f"--shapes 128x128 --layers 2 --rounds 2 --keep --folder {tmp_path / 'models'}"
+    options = [*sizes.split(), "--engines", "ort-fp32", "packed-bf16"]
+    first, _ = run("models.py", tmp_path, *options, "--m", "2")
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "models").rglob("*.onnx")}
     assert {path.name for path in made} == {"dense.onnx", "packed-bf16.onnx"}
-    second, printed = run("models.py", tmp_path, *options.split(), "--m", "2", "16")
+    second, printed = run("models.py", tmp_path, *options, "--m", "2", "16")
     assert second["cells"][0] == first["cells"][0]
     assert [cell["m"] for cell in second["cells"]] == [2, 16]
     assert "M    2" not in printed
@@ -70,20 +71,7 @@ def test_results_of_another_machine_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_kernels_measures_every_combination(tmp_path: Path) -> None:
-    options = [
-        "--shapes",
-        "64x80,96x48",
-        "--sparsity",
-        "0.5",
-        "0.9",
-        "--m",
-        "1",
-        "17",
-        "--cell-seconds",
-        "0.01",
-        "--file-bytes",
-        "300000",
-    ]
+    options = [*["--shapes", "64x80,96x48", "--sparsity", "0.5", "0.9", "--m", "1", "17"], *QUICK]
     document, printed = run("kernels.py", tmp_path, *options)
     assert len(document["cells"]) == 4 * 2 * 2 * 2
     for cell in document["cells"]:
@@ -95,20 +83,7 @@ def test_kernels_measures_every_combination(tmp_path: Path) -> None:
 
 
 def test_kernels_runs_the_level_that_is_asked_for(tmp_path: Path) -> None:
-    options = [
-        "--shapes",
-        "64x80",
-        "--sparsity",
-        "0.5",
-        "--m",
-        "1",
-        "--cell-seconds",
-        "0.01",
-        "--file-bytes",
-        "100000",
-        "--level",
-        "scalar",
-    ]
+    options = [*["--shapes", "64x80", "--sparsity", "0.5", "--m", "1", "--level", "scalar"], *QUICK]
     document, _ = run("kernels.py", tmp_path, *options)
     assert {cell["path"] for cell in document["cells"]} == {"scalar"}
 
