@@ -32,6 +32,7 @@ def describe() -> dict[str, Any]:
     info = library.cpu_info()
     return {
         "cpu": cpu.get("model name", "unknown"),
+        "vendor": cpu.get("vendor_id", "unknown"),
         "family_model_stepping": [int(cpu.get(key, -1)) for key in ("cpu family", "model", "stepping")],
         "cores": os.cpu_count(),
         "l3_bytes": caches.largest_cache_bytes(),

@@ -7,10 +7,9 @@
 namespace sparamx {
 namespace {
 
-enum class Vendor { kAny, kIntel };
-
-// Where the highest level of the CPU is `best` and M lies in [first_rows, last_rows], the kernel of `level` for
-// `kernel_activations` is faster. Where somebody forced the level, only rules that stay on it apply.
+// On CPUs of `vendor` whose highest level is `best`, the kernel of `level` for `kernel_activations` is faster where M
+// lies in [first_rows, last_rows]. Without a rule the level's own kernel runs. Where somebody forced the level, only
+// rules that stay on it apply.
 struct Rule {
   const Level* best;
   Vendor vendor;
@@ -23,19 +22,19 @@ struct Rule {
 
 constexpr size_t kAnyRows = ~static_cast<size_t>(0);
 
-// Filled from measurements, see docs/performance.md.
-//  - Intel's vdpbf16ps does one product of 512 bits in 2.1 cycles, fp32 FMA two a cycle: FMA is faster at every M,
-//  although
+// One file per vendor, each written by benchmarks/tune.py on a CPU of that vendor. Why rules are what they are on
+// Intel:
+//  - vdpbf16ps does one product of 512 bits in 2.1 cycles, fp32 FMA two a cycle: FMA is faster at every M, although
 //    bf16 weights must be widened.
 //  - With AMX even one row of bf16 or int8 runs faster through the tiles, which leave the vector ports to the
 //  expansion.
-//    int4 needs its sums scaled group by group, outside the tiles: up to four rows are faster without them; from 33
-//    rows on it is cheaper to make bf16 weights of the codes once.
+//    int4 needs its sums scaled group by group, outside the tiles: few rows are faster without them, and many are
+//    cheaper where the codes become bf16 weights once.
+// Others (AVX2, where one level has all kernels, and vendors that are not listed) need no rules: there is nothing else
+// that could be faster.
 const Rule kRules[] = {
-    {&kAmxLevel, Vendor::kAny, WeightType::kInt4, Activations::kInt8, 1, 4, &kAvx512Vbmi2Level, Activations::kInt8},
-    {&kAmxLevel, Vendor::kAny, WeightType::kInt4, Activations::kInt8, 33, kAnyRows, &kAmxLevel, Activations::kBf16},
-    {&kAvx512Bf16Level, Vendor::kIntel, WeightType::kBf16, Activations::kBf16, 1, kAnyRows, &kAvx512Vbmi2Level,
-     Activations::kBf16},
+#include "runtime/choice_amd.inc"
+#include "runtime/choice_intel.inc"
 };
 
 std::string Quoted(const std::string& text) {
@@ -97,10 +96,11 @@ const Kernel* FindKernel(const Level& level, WeightType type, Activations activa
 }
 
 const Kernel* ChooseKernel(const Level& level, bool forced, WeightType type, Activations activations, size_t rows) {
+  static const Vendor vendor = CpuVendor();
   for (const Rule& r : kRules) {
     if (r.best != &level || r.type != type || r.activations != activations) continue;
     if (forced && r.level != &level) continue;
-    if (r.vendor == Vendor::kIntel && !IsIntelCpu()) continue;
+    if (r.vendor != vendor) continue;
     if (rows >= r.first_rows && rows <= r.last_rows) return FindKernel(*r.level, type, r.kernel_activations);
   }
   return FindKernel(level, type, activations);

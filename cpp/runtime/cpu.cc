@@ -123,9 +123,13 @@ size_t CpuCount() {
   return count == 0 ? 1 : count;
 }
 
-bool IsIntelCpu() {
+Vendor CpuVendor() {
   const Registers r = Cpuid(0, 0);
-  return r.b == 0x756e6547 && r.d == 0x49656e69 && r.c == 0x6c65746e;  // "GenuineIntel"
+  const unsigned words[3] = {r.b, r.d, r.c};
+  char name[sizeof words];
+  std::memcpy(name, words, sizeof words);
+  if (std::memcmp(name, "GenuineIntel", sizeof name) == 0) return Vendor::kIntel;
+  return std::memcmp(name, "AuthenticAMD", sizeof name) == 0 ? Vendor::kAmd : Vendor::kOther;
 }
 
 std::string CpuName() {

@@ -15,7 +15,8 @@ namespace sparamx {
 // process.
 uint64_t CpuFeatures();
 
-bool IsIntelCpu();
+enum class Vendor { kIntel, kAmd, kOther };
+Vendor CpuVendor();
 
 // Logical CPUs that this process may use. Asked once per process.
 size_t CpuCount();

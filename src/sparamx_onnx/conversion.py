@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.graph_passes import pipeline, write
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.loading import load_model
@@ -32,6 +33,7 @@ class ConversionResult:
         bytes_after: Size of what was written; None if nothing was.
         seconds: Time that it took.
         plan: What happened to every MatMul, Gemm and relative, and why.
+        kernels: For every type of packed weights, what runs them on this CPU: by M from which on, the kernel.
     """
 
     model: str
@@ -44,6 +46,7 @@ class ConversionResult:
     bytes_after: int | None
     seconds: float
     plan: Plan
+    kernels: Mapping[str, Mapping[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -131,4 +134,5 @@ def convert(
         bytes_after=None if saved is None else saved.model_bytes + saved.data_bytes,
         seconds=time.monotonic() - start,
         plan=plan,
+        kernels=kernels_here(plan),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import onnxruntime
 
 import sparamx_onnx
+from sparamx_onnx.graph_passes.plan import Plan
 from sparamx_onnx.ops import library
 
 
@@ -36,6 +37,19 @@ class Environment:
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
         return dataclasses.asdict(self)
+
+
+def kernels_here(plan: Plan) -> dict[str, dict[str, str]]:
+    """The kernels that run a plan's packed weights on this CPU: weight type -> M from which on -> kernel.
+
+    Empty where no kernel can run, because SPARAMX_ISA asks for a level that the CPU lacks.
+
+    Raises:
+        SparamxError: The shared library is missing or cannot be loaded.
+    """
+    types = {node.weight_type for node in plan if node.weight_type}
+    kernels: dict[str, dict[str, str]] = library.cpu_info()["kernels"]
+    return {kind: paths for kind, paths in kernels.items() if kind in types}
 
 
 def environment() -> Environment:

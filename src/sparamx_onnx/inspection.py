@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.loading import load_model
@@ -28,6 +29,7 @@ class Inspection:
         record: What conversion recorded in the model: ``version`` and its options; empty if it was not converted.
         converted: Sparse operators in it.
         plan: Every MatMul, Gemm and relative: what has become of it, or what ``convert`` would do with it.
+        kernels: For every type of packed weights in it, what runs them on this CPU: by M from which on, the kernel.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Inspection:
     record: Mapping[str, Any]
     converted: int
     plan: Plan
+    kernels: Mapping[str, Mapping[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -43,6 +46,7 @@ class Inspection:
             "bytes_on_disk": self.bytes_on_disk,
             "record": dict(self.record),
             "converted": self.converted,
+            "kernels": {kind: dict(paths) for kind, paths in self.kernels.items()},
             **self.plan.to_json(),
         }
 
@@ -67,7 +71,7 @@ def inspect(model: str | os.PathLike[str], *, progress: Report | None = None) ->
     for node in done:
         if node.k is not None and node.n is not None:
             node.bytes_before = _FP32_BYTES * node.k * node.n
-    return Inspection(os.fspath(model), loaded.bytes_on_disk, record, len(done), plan)
+    return Inspection(os.fspath(model), loaded.bytes_on_disk, record, len(done), plan, kernels_here(plan))
 
 
 def conversion_record(model: ir.Model) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def conversion_text(result: ConversionResult) -> str:
             f"{_count(plan.converted, 'linear layer')} converted: {weights}; {files}."
             f"\nWrote {result.output} and {result.data} in {duration(result.seconds)}."
         )
-    return _paragraphs(_layers(plan.converted), *_left_alone(plan), last)
+    return _paragraphs(_layers(plan.converted), *_left_alone(plan), last + _on_this_cpu(result.kernels))
 
 
 def inspection_text(result: Inspection) -> str:
@@ -65,7 +65,7 @@ def inspection_text(result: Inspection) -> str:
     last = f"{result.model}: {size(result.bytes_on_disk)}; {', '.join(counts) or 'no matrix products'}.{record}"
     if plan.converted:
         last += f"\nWith bf16 weights: {size(plan.bytes_before)} -> {size(plan.bytes_after)}."
-    return _paragraphs(*parts, *_left_alone(plan), last)
+    return _paragraphs(*parts, *_left_alone(plan), last + _on_this_cpu(result.kernels))
 
 
 def verification_text(result: Verification) -> str:
@@ -145,7 +145,6 @@ def environment_text(result: Environment) -> str:
     """The installation and the machine."""
     cpu = result.cpu
     levels = [[level["name"], "yes" if level["supported"] else "no", level["reason"]] for level in cpu["levels"]]
-    kernels = ", ".join(f"{_kernels(paths)} for {kind} weights" for kind, paths in cpu["kernels"].items())
     facts = [
         ("sparamx-onnx", result.version),
         ("library", f"{result.library} ({result.library_version})"),
@@ -154,17 +153,25 @@ def environment_text(result: Environment) -> str:
         ("cpu", cpu["cpu"]),
         ("features", ", ".join(cpu["features"])),
         ("level in force", f"{cpu['level'] or 'none'}: {cpu['reason']}"),
-        ("kernels", kernels or "none"),
+        ("kernels", _kernels(cpu["kernels"]) or "none"),
     ]
     width = max(len(name) for name, _ in facts)
     table = render((Column("level"), Column("runs"), Column("why", shrinks=True)), levels)
     return _paragraphs("\n".join(f"{name.ljust(width)}  {value}" for name, value in facts), table)
 
 
-def _kernels(paths: Mapping[str, str]) -> str:
-    """A kernel by the number of rows from which on it runs: ``avx512_vbmi2 (amx from 9 rows)``."""
-    first, *others = paths.items()
-    return first[1] + "".join(f" ({path} from {rows} rows)" for rows, path in others)
+def _kernels(kernels: Mapping[str, Mapping[str, str]]) -> str:
+    """What runs each type, by the number of rows from which on: ``avx512_vbmi2 (amx from 9 rows) for int4 weights``."""
+    parts = []
+    for kind, paths in kernels.items():
+        first, *others = paths.items()
+        later = "".join(f" ({path} from {rows} rows)" for rows, path in others)
+        parts.append(f"{first[1]}{later} for {kind} weights")
+    return ", ".join(parts)
+
+
+def _on_this_cpu(kernels: Mapping[str, Mapping[str, str]]) -> str:
+    return f"\nKernels on this CPU: {_kernels(kernels)}." if kernels else ""
 
 
 def _layers(nodes: Iterable[NodePlan]) -> str:

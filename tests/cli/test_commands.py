@@ -275,6 +275,18 @@ def test_verify_finds_a_single_wrong_weight(pair: tuple[Path, Path], tmp_path: P
 # --- info -------------------------------------------------------------------------------------------------------------
 
 
+def test_reports_say_which_kernels_run_here(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, converted = pair
+    monkeypatch.setenv("SPARAMX_ISA", "scalar")
+    for arguments in (["inspect", str(converted)], ["convert", str(dense), "--weights", "bf16", "--dry-run"]):
+        assert cli.run(arguments) == DONE
+        assert "Kernels on this CPU: scalar for bf16 weights." in capsys.readouterr().out
+        assert cli.run([*arguments, "--json"]) == DONE
+        assert json.loads(capsys.readouterr().out)["kernels"] == {"bf16": {"1": "scalar"}}
+
+
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARAMX_ISA", raising=False)
     assert cli.run(["info", "--json"]) == DONE
