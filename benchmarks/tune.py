@@ -45,10 +45,11 @@ HOPELESS = 1.6
 # A kernel of another level must be this much faster for a rule: less is noise.
 MARGIN = 1.03
 
-# The level that a CPU must have for its own rules; lower ones have nothing to choose from.
+# What each level is called in the sources. The lowest has nothing to choose from.
 LEVELS = {
     "avx2": "kAvx2Level",
     "avx512": "kAvx512Level",
+    "avx512_vnni": "kAvx512VnniLevel",
     "avx512_vbmi2": "kAvx512Vbmi2Level",
     "avx512_bf16": "kAvx512Bf16Level",
     "amx": "kAmxLevel",

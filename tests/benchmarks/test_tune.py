@@ -23,6 +23,11 @@ def tune() -> Any:
     return tune
 
 
+def test_it_knows_every_level_but_the_lowest(tune: Any) -> None:
+    table = (ROOT / "cpp" / "kernels" / "kernel_table.h").read_text()
+    assert {"kScalarLevel", *tune.LEVELS.values()} == set(re.findall(r"extern const Level (\w+);", table))
+
+
 def cells(weights: str, times: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
     """Two matrices, of which the second takes twice as long, with the given times by kernel and M."""
     return [
