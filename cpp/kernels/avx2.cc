@@ -182,6 +182,7 @@ struct Avx2Quantized : Avx2Base {
     const __m256i codes = _mm256_set1_epi32(LoadInt(x));
     return {DotHalf(sum.low, w.low, codes), DotHalf(sum.high, w.high, codes)};
   }
+  static SPARAMX_INLINE void Settle(IntVec*) {}
   static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
     if (fp16)
       return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),

@@ -7,6 +7,10 @@
 // A row of 64 int8 weights: expand_bytes.h, then vpxord, vpabsb and vpcmpub make magnitudes and a mask of the negative;
 // per row of X a masked vpsubb, vpmaddubsw (cannot saturate: both sides are at most 127), vpmaddwd with ones, vpaddd:
 // as many operations as fp32 takes. Registers at M > 4: 6 x 2 sums, 2 weight rows and 2 masks.
+//
+// A row of 64 int4 weights: expand_bytes.h and a vpand (a vpsrlw more in the lower half of a tile); per row of X
+// vpmaddubsw and vpaddw: codes as stored, at most 15, so 8 rows of sums of two products stay below 2^15. Registers at
+// M > 4: 6 x 2 sums of 32 bits and as many of 16, 2 weight rows.
 #include "kernels/avx512_integer.h"
 #include "kernels/expand_bytes.h"
 #include "kernels/pack_rows.h"
@@ -84,7 +88,7 @@ struct Avx512Bf16 : Avx512Base {
   }
 };
 
-struct Avx512Quantized : Avx512Integer {
+struct Avx512Int8 : Avx512Integer {
   struct Weight {
     __m512i magnitudes;
     __mmask64 negative;
@@ -108,14 +112,45 @@ struct Avx512Quantized : Avx512Integer {
   template <bool Int4, bool Sparse>
   struct Stream {
     static constexpr bool kLowerRowsTimes16 = false;
-    ByteStream<Sparse> codes;
+    ByteStream<false, Sparse, false> codes;
     explicit Stream(const Cursor& start) : codes(start) {}
     SPARAMX_INLINE void BeginTile() { codes.BeginTile(); }
     SPARAMX_INLINE Weight Row(int row) { return Signed(codes.Row(row)); }
   };
   template <bool Int4, bool Sparse>
   static SPARAMX_INLINE void Expand(Cursor* cursor, uint8_t* out) {
-    ExpandBytes<Sparse>(cursor, out);
+    ExpandBytes<false, Sparse>(cursor, out);
+  }
+};
+
+struct Avx512Int4 : Avx512Integer {
+  struct IntVec {
+    __m512i sums, words;
+  };
+  using Weight = __m512i;
+  static constexpr bool kStoredCodes = true;
+  template <bool Int4, bool Sparse>
+  using Stream = ByteStream<true, Sparse, false>;
+
+  static SPARAMX_INLINE IntVec ZeroInt() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  static SPARAMX_INLINE IntVec StartInt(int32_t v) { return {_mm512_set1_epi32(v), _mm512_setzero_si512()}; }
+  static SPARAMX_INLINE IntVec AddInt(const IntVec& a, const IntVec& b) {
+    return {_mm512_add_epi32(a.sums, b.sums), a.words};
+  }
+  static SPARAMX_INLINE Weight Weights(const uint8_t* tile, int row) { return _mm512_load_si512(tile + row * 64); }
+  static SPARAMX_INLINE IntVec Dot(const IntVec& sum, Weight w, const uint8_t* x) {
+    return {sum.sums, _mm512_add_epi16(sum.words, _mm512_maddubs_epi16(w, _mm512_set1_epi32(LoadInt(x))))};
+  }
+  static SPARAMX_INLINE void Settle(IntVec* sum) {
+    sum->sums = _mm512_add_epi32(sum->sums, _mm512_madd_epi16(sum->words, _mm512_set1_epi16(1)));
+    sum->words = _mm512_setzero_si512();
+  }
+  static SPARAMX_INLINE Vec Flush(Vec sum, const IntVec& ints, Vec scales, float x_scale) {
+    return Avx512Integer::Flush(sum, ints.sums, scales, x_scale);
+  }
+  template <bool Int4, bool Sparse>
+  static SPARAMX_INLINE void Expand(Cursor* cursor, uint8_t* out) {
+    ExpandBytes<true, Sparse>(cursor, out);
   }
 };
 
@@ -128,8 +163,8 @@ const Level kAvx512Level = {
         {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Fp32>}, {}},
         {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Bf16>},
          {"avx512", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
-        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Quantized, false>}},
-        {},
+        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int8, false>}},
+        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int4, true>}},
     },
     FinishRows,
 };

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI but without VBMI2 (Cascade Lake, Cooper Lake): int8 weights are expanded as on Skylake
+// AVX-512 with VNNI but without VBMI2 (Cascade Lake, Cooper Lake): int8 and int4 weights are expanded as on Skylake
 // (expand_bytes.h) and multiplied as on Ice Lake, one vpdpbusd per row of X. fp32 and bf16 are avx512's: Cooper Lake's
 // vdpbf16ps is no faster than the two FMAs that it replaces.
 //
@@ -11,11 +11,11 @@ namespace {
 
 struct VnniQuantized : Avx512Vnni {
   template <bool Int4, bool Sparse>
-  using Stream = ByteStream<Sparse>;
+  using Stream = ByteStream<Int4, Sparse, true>;
 
   template <bool Int4, bool Sparse>
   static SPARAMX_INLINE void Expand(Cursor* cursor, uint8_t* out) {
-    ExpandBytes<Sparse>(cursor, out);
+    ExpandBytes<Int4, Sparse>(cursor, out);
   }
 };
 
@@ -28,7 +28,7 @@ const Level kAvx512VnniLevel = {
         {},
         {},
         {{}, {}, {"avx512_vnni", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<VnniQuantized, false>}},
-        {},
+        {{}, {}, {"avx512_vnni", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<VnniQuantized, true>}},
     },
     FinishRows,
 };

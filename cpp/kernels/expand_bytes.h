@@ -1,4 +1,4 @@
-// Expansion of 8-bit codes on AVX-512 without VBMI2, whose vpexpandb would do it in two operations.
+// Expansion of 8-bit and 4-bit codes on AVX-512 without VBMI2, whose vpexpandb would do it in two operations.
 //
 // Four loads, one for every 16 weights of a row, bring the codes of each 128-bit lane into it; one vpshufb moves them
 // to their places. Its control is the number of mask bits below each place. A byte per nibble of the mask, `base`,
@@ -78,15 +78,17 @@ SPARAMX_INLINE __m512i GatherLanes(const uint8_t* values, uint64_t mask) {
   return _mm512_inserti32x4(lanes, LoadLane(fourth), 3);
 }
 
-// The rows of a strip of 8-bit codes as stored, with the code of zero in the holes.
-template <bool Sparse>
+// The rows of a strip of 8-bit or 4-bit codes as stored, one a byte, with the code of zero in the holes; Times16: codes
+// of the lower eight rows of a 4-bit tile stay in the upper half of their bytes, which spares a shift.
+template <bool Int4, bool Sparse, bool Times16>
 class ByteStream {
  public:
-  static constexpr bool kLowerRowsTimes16 = false;
+  static constexpr bool kLowerRowsTimes16 = Int4 && Times16;
 
   explicit ByteStream(const Cursor& start) : cursor_(start) {}
 
   SPARAMX_INLINE void BeginTile() {
+    tile_ = cursor_.values;
     if (!Sparse) return;
     Prefetch(cursor_.masks + kPrefetchBytes / 4);
     Prefetch(cursor_.masks + kPrefetchBytes / 4 + 64);
@@ -95,30 +97,49 @@ class ByteStream {
 
   // The next row; `row` is its number in the tile.
   SPARAMX_INLINE __m512i Row(int row) {
-    const uint8_t* values = cursor_.values;
-    if (row % 2 == 0) Prefetch(values + kPrefetchBytes);
-    if (!Sparse) {
-      cursor_.values = values + 64;
-      return _mm512_loadu_si512(values);
+    if (Int4 && row == 8) {
+      upper_end_ = cursor_.values;
+      cursor_.values = tile_;
     }
-    const uint64_t mask = LoadU64(cursor_.masks);
-    cursor_.masks += 8;
-    cursor_.values = values + __builtin_popcountll(mask);
-    const __m512i holes = _mm512_set1_epi8(static_cast<char>(CodeBias(WeightType::kInt8)));
-    return _mm512_mask_shuffle_epi8(holes, mask, GatherLanes(values, mask), places_.Row(row));
+    const uint8_t* values = cursor_.values;
+    if (Int4 ? row < 8 : row % 2 == 0) Prefetch(values + kPrefetchBytes);
+    __m512i codes;
+    if (Sparse) {
+      const uint64_t mask = LoadU64(cursor_.masks);
+      constexpr int kZero = CodeBias(Int4 ? WeightType::kInt4 : WeightType::kInt8);
+      const __m512i holes = _mm512_set1_epi8(static_cast<char>(kLowerRowsTimes16 && row >= 8 ? 16 * kZero : kZero));
+      codes = _mm512_mask_shuffle_epi8(holes, mask, Codes(GatherLanes(values, mask), row), places_.Row(row));
+      cursor_.masks += 8;
+      cursor_.values = values + __builtin_popcountll(mask);
+    } else {
+      codes = Codes(_mm512_loadu_si512(values), row);
+      cursor_.values = values + 64;
+    }
+    if (Int4 && row == 15 && upper_end_ > cursor_.values) cursor_.values = upper_end_;
+    return codes;
   }
 
   const Cursor& cursor() const { return cursor_; }
 
  private:
+  // The codes of this row out of its bytes.
+  static SPARAMX_INLINE __m512i Codes(__m512i bytes, int row) {
+    if (!Int4) return bytes;
+    if (row < 8) return _mm512_and_si512(bytes, _mm512_set1_epi8(0x0f));
+    if (Times16) return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0xf0)));
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(0x0f));
+  }
+
   Cursor cursor_;
+  const uint8_t* tile_ = nullptr;
+  const uint8_t* upper_end_ = nullptr;
   BytePlaces places_;
 };
 
-// A tile of such rows in memory.
-template <bool Sparse>
+// A tile of such rows in memory, every code as it is.
+template <bool Int4, bool Sparse>
 SPARAMX_INLINE void ExpandBytes(Cursor* cursor, uint8_t* out) {
-  ByteStream<Sparse> stream(*cursor);
+  ByteStream<Int4, Sparse, false> stream(*cursor);
   stream.BeginTile();
 #pragma GCC unroll 16
   for (int row = 0; row < 16; ++row) _mm512_store_si512(out + row * 64, stream.Row(row));

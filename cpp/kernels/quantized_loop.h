@@ -13,8 +13,8 @@
 //                              kLowerRowsTimes16: rows 8 to 15 of a tile come 16-fold
 //   StartInt(v)                sums that begin at v
 //   Dot(sum, w, x)             sum + the 4 products of each lane with the 4 codes at x
-//   AddInt, ZeroInt; Sixteenth where a stream has kLowerRowsTimes16
-//   Scales(p, fp16)            16 weight scales
+//   Settle(sum)                called after every 8 rows and at the end of a segment: a level may add up in 16 bits
+//   first AddInt, ZeroInt; Sixteenth where a stream has kLowerRowsTimes16 Scales(p, fp16)            16 weight scales
 //   Flush(sum, ints, scales, x_scale)  sum + ints * scales * x_scale
 //
 // Products are summed as integers over a segment (a run of 512 for int8, a group for int4; both stay below 2^24, so the
@@ -147,6 +147,10 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
           for (int s = 0; s < Strips; ++s)
             ints[m][s][(kTwoScales ? row / 8 : r) % kChains] = Isa::Dot(
                 ints[m][s][(kTwoScales ? row / 8 : r) % kChains], weights[s], codes + m * job.x_row_bytes + row * 4);
+        if ((r + 1) % (SegmentRows < 8 ? SegmentRows : 8) != 0) continue;
+        for (int m = 0; m < Rows; ++m)
+          for (int s = 0; s < Strips; ++s)
+            for (int c = 0; c < kChains; ++c) Isa::Settle(&ints[m][s][c]);
       }
       if (SegmentRows == 16 && (tile + 1) % segments.tiles != 0 && tile + 1 < last) continue;
       const bool real = segment < segments.layout.segments;

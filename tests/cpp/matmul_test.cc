@@ -182,7 +182,6 @@ std::string ExpectedPath(const std::string& level, WeightType type) {
   if (type == WeightType::kFp32) return "avx512";
   // What was new in VNNI says nothing to bf16, and what was new in BF16 nothing to integers.
   if (type == WeightType::kBf16) return level == "avx512_vnni" ? "avx512" : level;
-  if (type == WeightType::kInt4 && (level == "avx512" || level == "avx512_vnni")) return "avx2";
   return level == "avx512_bf16" ? "avx512_vbmi2" : level;
 }
 
