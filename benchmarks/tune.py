@@ -41,7 +41,7 @@ SMALLEST_FILE = 1 << 30
 TURNS = 5
 TURN_SECONDS = 0.008
 # A kernel that takes so many times as long as the fastest is not timed again.
-HOPELESS = 1.6
+HOPELESS = 3
 # A kernel of another level must be this much faster for a rule: less is noise.
 MARGIN = 1.03
 
