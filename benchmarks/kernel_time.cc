@@ -21,6 +21,8 @@ namespace {
 
 constexpr const char* kActivationNames[sparamx::kActivationTypes] = {"fp32", "bf16", "int8"};
 
+constexpr int kSpins = 2000;
+
 // Threads that spin between the loops of one timing, as ONNX Runtime's do between the nodes of a model, and sleep
 // between timings, so that they disturb nothing else that is timed in turn.
 class Pool {
@@ -57,7 +59,7 @@ class Pool {
     pool.running_ = static_cast<int>(pool.threads_.size());
     pool.loop_.fetch_add(1);
     pool.TakeItems();
-    while (pool.running_ != 0) __builtin_ia32_pause();
+    for (int spins = 0; pool.running_ != 0; ++spins) Pause(spins);
   }
 
   // Memory for one product, aligned to 64 bytes; stays until more is asked for.
@@ -70,6 +72,14 @@ class Pool {
   }
 
  private:
+  // On a busy machine whom we wait for may need this very CPU.
+  static void Pause(int spins) {
+    if (spins < kSpins)
+      __builtin_ia32_pause();
+    else
+      std::this_thread::yield();
+  }
+
   void TakeItems() {
     for (size_t i = next_++; i < count_; i = next_++) body_(user_, i);
   }
@@ -82,12 +92,13 @@ class Pool {
         wake_.wait(lock, [this] { return stop_ || awake_; });
         if (stop_) return;
       }
-      while (awake_) {
+      for (int spins = 0; awake_; ++spins) {
         const uint64_t loop = loop_;
         if (loop == seen) {
-          __builtin_ia32_pause();
+          Pause(spins);
           continue;
         }
+        spins = 0;
         seen = loop;
         TakeItems();
         --running_;

@@ -44,7 +44,6 @@ BUILD = HERE.parent / "build" / "benchmarks"
 LOOPS = ("plain", "prefetched")
 LARGEST_STREAMED_M = 4
 MOST_LAYERS = 40
-TURN_SECONDS = 0.15
 MOST_RUNS = 200
 # Error of the chain's output, relative to its norm, beyond which something is wrong rather than rounded.
 TOLERANCE = {"packed-fp32": 1e-4, "packed-bf16": 0.05, "packed-int8": 0.2, "packed-int4": 0.5}
@@ -87,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dense-gb", type=float, default=2.7, help="fp32 weights of a stack")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8, help="turns of each engine")
+    parser.add_argument("--turn-seconds", type=float, default=0.15, help="of each engine, beside a first run")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--folder", type=Path, default=BUILD, help="where the models lie while they are needed")
     parser.add_argument("--keep", action="store_true", help="leave the models there, and use those that are there")
@@ -224,11 +224,11 @@ def check(workers: dict[str, rotation.Worker]) -> None:
                     sys.exit(f"models.py: the output of {name} is wrong: relative error {error:.3g}")
 
 
-def measure(workers: dict[str, rotation.Worker], m: int, rounds: int) -> dict[str, Any]:
+def measure(workers: dict[str, rotation.Worker], m: int, rounds: int, turn_seconds: float) -> dict[str, Any]:
     """Median times of every engine, and of every turn; times of the loops over the packed weights."""
     counts = {}
     for name, worker in workers.items():
-        counts[name] = max(1, min(MOST_RUNS, round(TURN_SECONDS / worker.ask({"run": 1, "m": m})[0])))
+        counts[name] = max(1, min(MOST_RUNS, round(turn_seconds / worker.ask({"run": 1, "m": m})[0])))
     samples: dict[str, list[list[float]]] = {name: [] for name in workers}
     streamed = [name for name in workers if ENGINES[name].runs == "sparamx" and m <= LARGEST_STREAMED_M]
     streams: dict[str, dict[str, list[list[float]]]] = {name: {loop: [] for loop in LOOPS} for name in streamed}
@@ -274,7 +274,7 @@ def measure_stack(stack: Stack, arguments: argparse.Namespace, pythons: dict[str
                 "streamed_bytes": {name: where.end - where.begin for name, where in packed.items()},
                 "missing": [name for name in arguments.engines if name not in pythons],
             }
-            cell |= measure(workers, m, arguments.rounds)
+            cell |= measure(workers, m, arguments.rounds, arguments.turn_seconds)
             done.add(cell)
             done.save()
             report(cell, arguments.engines)
