@@ -160,8 +160,6 @@ struct Int4Tiles {
   static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) { return sum; }
 };
 
-#undef SPARAMX_PRODUCTS
-
 // --- One step along K: weights from b0 and b1, rows from x, into the sums
 // ----------------------------------------------
 
@@ -386,74 +384,105 @@ void MultiplyAmx(const MatMulJob& job) {
   MultiplyAmxForm<Kind, false>(job);
 }
 
-// --- int4 with int8 activations, M <= 32: TDPBSUD over one group of K at a time
+// --- int4 with int8 activations, M <= 32: TDPBSSD over one group of K at a time
 // ----------------------------------------
 //
 // A segment (a group, or 64 of a longer one) is s / 4 rows of a weight tile and s bytes of X; a group's integer sums go
 // through L1 to fp32, scaled. Per 1024 weights, 16 rows and groups of 32: expansion 64 cycles of port 5, conversion
 // about 64 of ports 0 and 5.
 
+struct SignedTiles {
+  SPARAMX_PRODUCTS(_tile_dpbssd)
+};
+
+#undef SPARAMX_PRODUCTS
+
 // sums[m][16 s ..] += ints * weight scale * activation scale, for one row tile of one strip.
 SPARAMX_INLINE void FlushInts(const int32_t* ints, size_t rows, const uint8_t* x, size_t x_row_bytes, size_t scales_at,
-                              size_t corrections_at, __m512 scales, float* sums) {
+                              __m512 scales, float* sums) {
   for (size_t m = 0; m < rows; ++m) {
     const uint8_t* row = x + m * x_row_bytes;
-    const __m512i sum =
-        _mm512_add_epi32(_mm512_load_si512(ints + m * 16), _mm512_set1_epi32(LoadInt(row + corrections_at)));
     const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(LoadFloat(row + scales_at)));
     float* out = sums + m * kStrips * kStripColumns;
-    _mm512_store_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_load_ps(out)));
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(ints + m * 16));
+    _mm512_store_ps(out, _mm512_fmadd_ps(sum, scale, _mm512_load_ps(out)));
   }
 }
 
+// The integer sums of one group, as they leave the tiles.
+template <int RowTiles>
+struct GroupSums {
+  alignas(64) int32_t ints[RowTiles * 2][16 * 16];
+
+  template <int Strips>
+  SPARAMX_INLINE void Store() {
+    _tile_stored(0, ints[0], 64);
+    if (Strips == 2) _tile_stored(1, ints[1], 64);
+    if (RowTiles == 2) {
+      _tile_stored(2, ints[2 * (RowTiles - 1)], 64);
+      if (Strips == 2) _tile_stored(3, ints[2 * (RowTiles - 1) + 1], 64);
+    }
+    Barrier();
+  }
+
+  template <int Strips>
+  SPARAMX_INLINE void Flush(const MatMulJob& job, const QuantizedRowLayout& layout, size_t strip, size_t group,
+                            float* sums) const {
+    const PackedView& w = *job.weights;
+    const auto* x = static_cast<const uint8_t*>(job.x);
+    for (size_t s = 0; s < Strips; ++s) {
+      const uint8_t* p = ScalesOf(w, strip + s, group);
+      const __m512 scales = w.scale_type == ScaleType::kFp16
+                                ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
+                                : _mm512_loadu_ps(p);
+      for (size_t tile_row = 0; tile_row < RowTiles; ++tile_row)
+        FlushInts(ints[2 * tile_row + s], Min(16, job.rows - 16 * tile_row), x + 16 * tile_row * job.x_row_bytes,
+                  job.x_row_bytes, layout.scales_at + 4 * group, scales,
+                  sums + (16 * tile_row * kStrips + s) * kStripColumns);
+    }
+  }
+};
+
+// A group's sums are flushed while the next group is on its way through the tiles: products and stores have latencies
+// of more than 50 cycles.
 template <bool Sparse, int RowTiles, int Strips>
 void GroupStrips(const MatMulJob& job, size_t strip, size_t first, size_t last) {
   const PackedView& w = *job.weights;
   const QuantizedRowLayout layout = QuantizedLayout(w);
   const size_t segment_k = Min(w.group_size, 64), tiles_per_group = w.group_size / 64;
   alignas(64) uint8_t ring[kRing][Strips][kTileBytes];
-  alignas(64) int32_t ints[RowTiles * 2][16 * 16];
   alignas(64) float sums[RowTiles * 16 * kStrips * kStripColumns];
+  GroupSums<RowTiles> stored[2];
+  size_t groups_done = 0, last_group = 0;
   __builtin_memset(sums, 0, sizeof sums);
   Cursor cursors[Strips];
   for (size_t s = 0; s < Strips; ++s) cursors[s] = StartOf(w, strip + s, job.first_run);
   for (size_t t = 0; t < Min(kAhead, last - first); ++t)
-    for (size_t s = 0; s < Strips; ++s) ExpandCodes<true, Sparse>(&cursors[s], ring[t][s]);
+    for (size_t s = 0; s < Strips; ++s) ExpandCodes<true, Sparse, CodeForm::kSigned>(&cursors[s], ring[t][s]);
   const auto* x = static_cast<const uint8_t*>(job.x);
   const size_t warning = last - first > kWarning ? last - first - kWarning : 0;
   for (size_t t = 0; t < last - first; ++t) {
     if (t == warning) PrefetchStrip(job, strip + 2 * kStrips - 1);
     if (t + kAhead < last - first)
-      for (size_t s = 0; s < Strips; ++s) ExpandCodes<true, Sparse>(&cursors[s], ring[(t + kAhead) % kRing][s]);
+      for (size_t s = 0; s < Strips; ++s)
+        ExpandCodes<true, Sparse, CodeForm::kSigned>(&cursors[s], ring[(t + kAhead) % kRing][s]);
     const size_t tile = first + t;
     for (size_t k = 0; k < 64; k += segment_k) {
       if (tiles_per_group <= 1 || tile % tiles_per_group == 0) ZeroSums<RowTiles>();
       const uint8_t* b0 = ring[t % kRing][0] + k * 16;
       const uint8_t* b1 = ring[t % kRing][Strips - 1] + k * 16;
       Barrier();
-      Products<Int8Tiles, RowTiles, Strips>(x + tile * 64 + k, job.x_row_bytes, b0, b1);
+      Products<SignedTiles, RowTiles, Strips>(x + tile * 64 + k, job.x_row_bytes, b0, b1);
       const size_t group = (tile * 64 + k) / w.group_size;
       if (tiles_per_group > 1 && (tile + 1) % tiles_per_group != 0 && t + 1 < last - first) continue;
       if (group >= w.groups) continue;  // padding
-      _tile_stored(0, ints[0], 64);
-      if (Strips == 2) _tile_stored(1, ints[1], 64);
-      if (RowTiles == 2) {
-        _tile_stored(2, ints[2 * (RowTiles - 1)], 64);
-        if (Strips == 2) _tile_stored(3, ints[2 * (RowTiles - 1) + 1], 64);
-      }
-      Barrier();
-      for (size_t s = 0; s < Strips; ++s) {
-        const uint8_t* p = ScalesOf(w, strip + s, group);
-        const __m512 scales = w.scale_type == ScaleType::kFp16
-                                  ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
-                                  : _mm512_loadu_ps(p);
-        for (size_t tile_row = 0; tile_row < RowTiles; ++tile_row)
-          FlushInts(ints[2 * tile_row + s], Min(16, job.rows - 16 * tile_row), x + 16 * tile_row * job.x_row_bytes,
-                    job.x_row_bytes, layout.scales_at + 4 * group, layout.corrections_at + 4 * group, scales,
-                    sums + (16 * tile_row * kStrips + s) * kStripColumns);
-      }
+      stored[groups_done % 2].template Store<Strips>();
+      if (groups_done > 0) stored[(groups_done - 1) % 2].template Flush<Strips>(job, layout, strip, last_group, sums);
+      last_group = group;
+      ++groups_done;
     }
   }
+  if (groups_done > 0) stored[(groups_done - 1) % 2].template Flush<Strips>(job, layout, strip, last_group, sums);
   Deliver<Bf16Tiles>(job, strip, Strips, sums);  // the sums are fp32 already
 }
 
@@ -489,7 +518,7 @@ void MultiplyGroups(const MatMulJob& job) {
 
 const Level kAmxLevel = {
     "amx",
-    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kAvx512Bf16 | kAmxTile | kAmxBf16 | kAmxInt8,
+    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kGfni | kAvx512Bf16 | kAmxTile | kAmxBf16 | kAmxInt8,
     {
         {},
         {{}, {"amx", 16, RowBytesBf16, PackRowsBf16, MultiplyAmx<Bf16Tiles>}},

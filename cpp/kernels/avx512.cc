@@ -111,8 +111,7 @@ struct Avx512Int8 : Avx512Integer {
 
   template <bool Int4, bool Sparse>
   struct Stream {
-    static constexpr bool kLowerRowsTimes16 = false;
-    ByteStream<false, Sparse, false> codes;
+    ByteStream<false, Sparse> codes;
     explicit Stream(const Cursor& start) : codes(start) {}
     SPARAMX_INLINE void BeginTile() { codes.BeginTile(); }
     SPARAMX_INLINE Weight Row(int row) { return Signed(codes.Row(row)); }
@@ -130,7 +129,7 @@ struct Avx512Int4 : Avx512Integer {
   using Weight = __m512i;
   static constexpr bool kStoredCodes = true;
   template <bool Int4, bool Sparse>
-  using Stream = ByteStream<true, Sparse, false>;
+  using Stream = ByteStream<true, Sparse>;
 
   static SPARAMX_INLINE IntVec ZeroInt() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
   static SPARAMX_INLINE IntVec StartInt(int32_t v) { return {_mm512_set1_epi32(v), _mm512_setzero_si512()}; }

@@ -32,7 +32,7 @@ struct Bf16Bf16 : Avx512Base {
 
 const Level kAvx512Bf16Level = {
     "avx512_bf16",
-    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kAvx512Bf16,
+    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kGfni | kAvx512Bf16,
     {
         {},
         {{}, {"avx512_bf16", 1, RowBytesBf16, PackRowsBf16, MultiplyStrips<Bf16Bf16>}},

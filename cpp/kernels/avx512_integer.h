@@ -15,7 +15,6 @@ struct Avx512Integer : Avx512Base {
   static SPARAMX_INLINE IntVec ZeroInt() { return _mm512_setzero_si512(); }
   static SPARAMX_INLINE IntVec StartInt(int32_t v) { return _mm512_set1_epi32(v); }
   static SPARAMX_INLINE IntVec AddInt(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
-  static SPARAMX_INLINE IntVec Sixteenth(IntVec v) { return _mm512_srai_epi32(v, 4); }
   static SPARAMX_INLINE void Settle(IntVec*) {}
   static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
     if (fp16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -58,7 +58,7 @@ struct Vbmi2Quantized : Avx512Vnni {
 
 const Level kAvx512Vbmi2Level = {
     "avx512_vbmi2",
-    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni,
+    kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kGfni,
     {
         {},
         {{"avx512_vbmi2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>},

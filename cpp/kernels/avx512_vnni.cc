@@ -11,7 +11,7 @@ namespace {
 
 struct VnniQuantized : Avx512Vnni {
   template <bool Int4, bool Sparse>
-  using Stream = ByteStream<Int4, Sparse, true>;
+  using Stream = ByteStream<Int4, Sparse>;
 
   template <bool Int4, bool Sparse>
   static SPARAMX_INLINE void Expand(Cursor* cursor, uint8_t* out) {

@@ -78,13 +78,10 @@ SPARAMX_INLINE __m512i GatherLanes(const uint8_t* values, uint64_t mask) {
   return _mm512_inserti32x4(lanes, LoadLane(fourth), 3);
 }
 
-// The rows of a strip of 8-bit or 4-bit codes as stored, one a byte, with the code of zero in the holes; Times16: codes
-// of the lower eight rows of a 4-bit tile stay in the upper half of their bytes, which spares a shift.
-template <bool Int4, bool Sparse, bool Times16>
+// The rows of a strip of 8-bit or 4-bit codes as stored, one a byte, with the code of zero in the holes.
+template <bool Int4, bool Sparse>
 class ByteStream {
  public:
-  static constexpr bool kLowerRowsTimes16 = Int4 && Times16;
-
   explicit ByteStream(const Cursor& start) : cursor_(start) {}
 
   SPARAMX_INLINE void BeginTile() {
@@ -107,7 +104,7 @@ class ByteStream {
     if (Sparse) {
       const uint64_t mask = LoadU64(cursor_.masks);
       constexpr int kZero = CodeBias(Int4 ? WeightType::kInt4 : WeightType::kInt8);
-      const __m512i holes = _mm512_set1_epi8(static_cast<char>(kLowerRowsTimes16 && row >= 8 ? 16 * kZero : kZero));
+      const __m512i holes = _mm512_set1_epi8(static_cast<char>(kZero));
       codes = _mm512_mask_shuffle_epi8(holes, mask, Codes(GatherLanes(values, mask), row), places_.Row(row));
       cursor_.masks += 8;
       cursor_.values = values + __builtin_popcountll(mask);
@@ -126,7 +123,6 @@ class ByteStream {
   static SPARAMX_INLINE __m512i Codes(__m512i bytes, int row) {
     if (!Int4) return bytes;
     if (row < 8) return _mm512_and_si512(bytes, _mm512_set1_epi8(0x0f));
-    if (Times16) return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0xf0)));
     return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(0x0f));
   }
 
@@ -136,10 +132,10 @@ class ByteStream {
   BytePlaces places_;
 };
 
-// A tile of such rows in memory, every code as it is.
+// A tile of such rows in memory.
 template <bool Int4, bool Sparse>
 SPARAMX_INLINE void ExpandBytes(Cursor* cursor, uint8_t* out) {
-  ByteStream<Int4, Sparse, false> stream(*cursor);
+  ByteStream<Int4, Sparse> stream(*cursor);
   stream.BeginTile();
 #pragma GCC unroll 16
   for (int row = 0; row < 16; ++row) _mm512_store_si512(out + row * 64, stream.Row(row));

@@ -1,4 +1,4 @@
-// Expansion of a tile with VBMI2's vpexpandw and vpexpandb.
+// Expansion of a tile with VBMI2's vpexpandw and vpexpandb, and GFNI's bit matrices.
 //
 // A row of 32 weights: kmovd (port 5 on Intel), vpexpandw (2 x port 5), popcnt, a store. Through L1 even where the
 // product could take the register: on Zen 5 the result of an expand is slow to reach a floating-point unit (6.8 cycles
@@ -40,15 +40,25 @@ SPARAMX_INLINE void ExpandWords(Cursor* cursor, uint8_t* out) {
   cursor->values = values;
 }
 
-// The rows of a strip of 8-bit or 4-bit codes as stored, one a byte, with the code of zero in the holes. Of a 4-bit
-// tile the lower eight rows are the high nibbles of the upper eight's bytes and come 16-fold: a shift less per row.
+enum class CodeForm { kStored, kSigned };
+
+// 64 codes of 4 bits from the low or high halves of 64 bytes, as stored or as the signed numbers that they mean: bits
+// are picked, inverted and copied (to extend the sign) by one affine map over GF(2), in which byte 7 - i of the matrix
+// says which bits of the source make up bit i. Runs on port 0, where vpandd would compete with the expansion for 5.
+template <bool High, CodeForm Form>
+SPARAMX_INLINE __m512i Nibbles(__m512i bytes) {
+  if (Form == CodeForm::kStored)
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(High ? 0x1020408000000000 : 0x0102040800000000), 0);
+  return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(High ? 0x1020408080808080 : 0x0102040808080808), 0xf8);
+}
+
+// The rows of a strip of 8-bit or 4-bit codes, one a byte, with the code of zero in the holes. Of a 4-bit tile the
+// lower eight rows are the high halves of the bytes whose low halves are the upper eight.
 //
-// A row of 64 sparse codes: kmovq (port 5), vpexpandb (2 x port 5), popcnt; of 4 bits a vpandd more.
-template <bool Int4, bool Sparse>
+// A row of 64 sparse codes: kmovq (port 5), vpexpandb (2 x port 5), popcnt; of 4 bits vgf2p8affineqb (port 0) more.
+template <bool Int4, bool Sparse, CodeForm Form = CodeForm::kStored>
 class CodeStream {
  public:
-  static constexpr bool kLowerRowsTimes16 = Int4;
-
   explicit CodeStream(const Cursor& start) : cursor_(start) {}
 
   SPARAMX_INLINE void BeginTile() {
@@ -60,20 +70,21 @@ class CodeStream {
 
   // The next row; `row` is its number in the tile.
   SPARAMX_INLINE __m512i Row(int row) {
-    const bool lower = Int4 && row >= 8;
     if (Int4 && row == 8) {
       upper_end_ = cursor_.values;
       cursor_.values = tile_;
     }
     const uint8_t* values = cursor_.values;
-    if (Int4 ? !lower : row % 2 == 0) Prefetch(values + kValuesAhead);
+    if (Int4 ? row < 8 : row % 2 == 0) Prefetch(values + kValuesAhead);
     __m512i codes = _mm512_loadu_si512(values);
-    if (Int4) codes = _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(lower ? 0xf0 : 0x0f)));
+    if (Int4) codes = row < 8 ? Nibbles<false, Form>(codes) : Nibbles<true, Form>(codes);
     size_t count = 64;
     if (Sparse) {
       const uint64_t mask = LoadU64(cursor_.masks);
-      constexpr int kZero = CodeBias(Int4 ? WeightType::kInt4 : WeightType::kInt8);
-      codes = _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(lower ? 16 * kZero : kZero)), mask, codes);
+      constexpr int kBias = CodeBias(Int4 ? WeightType::kInt4 : WeightType::kInt8);
+      codes = Form == CodeForm::kSigned
+                  ? _mm512_maskz_expand_epi8(mask, codes)
+                  : _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(kBias)), mask, codes);
       count = static_cast<size_t>(__builtin_popcountll(mask));
       cursor_.masks += 8;
     }
@@ -85,6 +96,7 @@ class CodeStream {
   const Cursor& cursor() const { return cursor_; }
 
  private:
+  static_assert(Int4 || Form == CodeForm::kStored, "8-bit codes come as stored");
   // A 4-bit tile has fewer bytes and takes less time, so what is asked for in time lies further ahead (12 tiles).
   static constexpr size_t kValuesAhead = Int4 ? kPrefetchBytes * 3 / 2 : kPrefetchBytes;
   static constexpr size_t kMasksAhead = Int4 ? kPrefetchBytes * 3 / 4 : kPrefetchBytes / 4;
@@ -94,16 +106,13 @@ class CodeStream {
   const uint8_t* upper_end_ = nullptr;
 };
 
-// A tile of such rows in memory, every code as it is.
-template <bool Int4, bool Sparse>
+// A tile of such rows in memory.
+template <bool Int4, bool Sparse, CodeForm Form = CodeForm::kStored>
 SPARAMX_INLINE void ExpandCodes(Cursor* cursor, uint8_t* out) {
-  CodeStream<Int4, Sparse> stream(*cursor);
+  CodeStream<Int4, Sparse, Form> stream(*cursor);
   stream.BeginTile();
 #pragma GCC unroll 16
-  for (int row = 0; row < 16; ++row) {
-    const __m512i codes = stream.Row(row);
-    _mm512_store_si512(out + row * 64, Int4 && row >= 8 ? _mm512_srli_epi16(codes, 4) : codes);
-  }
+  for (int row = 0; row < 16; ++row) _mm512_store_si512(out + row * 64, stream.Row(row));
   *cursor = stream.cursor();
 }
 

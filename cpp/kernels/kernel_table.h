@@ -60,6 +60,7 @@ enum CpuFeature : uint64_t {
   kAmxTile = 1u << 5,
   kAmxBf16 = 1u << 6,
   kAmxInt8 = 1u << 7,
+  kGfni = 1u << 8,  // with 512-bit registers; every CPU that has VBMI2 has it
 };
 
 extern const Level kScalarLevel;

@@ -9,12 +9,13 @@
 //                              undo that; otherwise it holds signed numbers
 //   Expand<Int4, Sparse>(cursor, out)  expands one tile to 16 rows of 64 bytes and advances
 //   Weights(tile, row)         a row of the panel
-//   Stream<Int4, Sparse>       the rows of a strip, one after the other, for the direct way: BeginTile(), Row(row);
-//                              kLowerRowsTimes16: rows 8 to 15 of a tile come 16-fold
+//   Stream<Int4, Sparse>       the rows of a strip, one after the other, for the direct way: BeginTile(), Row(row)
 //   StartInt(v)                sums that begin at v
 //   Dot(sum, w, x)             sum + the 4 products of each lane with the 4 codes at x
 //   Settle(sum)                called after every 8 rows and at the end of a segment: a level may add up in 16 bits
-//   first AddInt, ZeroInt; Sixteenth where a stream has kLowerRowsTimes16 Scales(p, fp16)            16 weight scales
+//   first
+//   AddInt, ZeroInt
+//   Scales(p, fp16)            16 weight scales
 //   Flush(sum, ints, scales, x_scale)  sum + ints * scales * x_scale
 //
 // Products are summed as integers over a segment (a run of 512 for int8, a group for int4; both stay below 2^24, so the
@@ -68,7 +69,6 @@ SPARAMX_INLINE int32_t LoadInt(const uint8_t* p) {
 // A Stream for levels that expand whole tiles at a time.
 template <class Isa, bool Int4, bool Sparse>
 struct TileStream {
-  static constexpr bool kLowerRowsTimes16 = false;
   Cursor cursor;
   alignas(64) uint8_t tile[kQuantizedTileBytes];
 
@@ -80,7 +80,6 @@ struct TileStream {
 // Where the weights of one strip come from, one tile after the other: a stream.
 template <class Stream>
 struct OneStrip {
-  static constexpr bool kLowerRowsTimes16 = Stream::kLowerRowsTimes16;
   Stream stream;
   SPARAMX_INLINE void BeginTile() { stream.BeginTile(); }
   SPARAMX_INLINE auto Row(int row, int) { return stream.Row(row); }
@@ -90,7 +89,6 @@ struct OneStrip {
 template <class Isa>
 struct PanelRows {
   const uint8_t* tile;
-  static constexpr bool kLowerRowsTimes16 = false;
   static constexpr size_t kStripBytes = TilesPerRun(WeightType::kInt8) * kQuantizedTileBytes;
 
   SPARAMX_INLINE void BeginTile() { tile += kQuantizedTileBytes; }
@@ -104,35 +102,22 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
                                   size_t last, const uint8_t* x, typename Isa::Vec (&sums)[Rows][Strips],
                                   Source& source) {
   // An expanded row comes every 3 cycles or more, and an integer product takes 5: two turns suffice, and every turn
-  // more costs an addition per segment. Rows that come 16-fold have a turn of their own.
-  constexpr bool kTimes16 = Source::kLowerRowsTimes16, kTwoScales = kTimes16 && SegmentRows == 16;
-  constexpr int kChains = kTwoScales || Rows * Strips <= 2 ? 2 : 1;
+  // more costs an addition per segment.
+  constexpr int kChains = Rows * Strips <= 2 ? 2 : 1;
   const PackedView& w = *job.weights;
   const uint8_t* codes = x + first * 64;
   size_t segment = first * (16 / SegmentRows) / segments.tiles;
   typename Isa::IntVec ints[Rows][Strips][kChains];
-  const auto correction = [&](int m) __attribute__((always_inline)) {
-    // Padding can open a segment past K, which nothing is added to.
+  // Sums of a segment begin with its correction. (Padding can open a segment past K, which nothing is added to.)
+  const auto begin_segment = [&](int m) __attribute__((always_inline)) {
     const size_t at = segments.layout.corrections_at + Min(segment, segments.layout.segments - 1) * 4;
-    return Isa::StartInt(Isa::kStoredCodes ? LoadInt(x + m * job.x_row_bytes + at) : 0);
-  };
-  // Sums of a segment begin with its correction; those that are 16-fold get it when they are not any more.
-  const auto begin_segment = [&](int m, bool lower) __attribute__((always_inline)) {
-    const typename Isa::IntVec start = kTimes16 && !kTwoScales && lower ? Isa::ZeroInt() : correction(m);
+    const typename Isa::IntVec start = Isa::StartInt(Isa::kStoredCodes ? LoadInt(x + m * job.x_row_bytes + at) : 0);
     for (int s = 0; s < Strips; ++s) {
       ints[m][s][0] = start;
       for (int c = 1; c < kChains; ++c) ints[m][s][c] = Isa::ZeroInt();
     }
   };
-  const auto total = [&](int m, int s, bool lower) __attribute__((always_inline)) {
-    typename Isa::IntVec sum = ints[m][s][0];
-    if constexpr (kTwoScales) return Isa::AddInt(sum, Isa::Sixteenth(ints[m][s][1]));
-    for (int c = 1; c < kChains; ++c) sum = Isa::AddInt(sum, ints[m][s][c]);
-    if constexpr (kTimes16)
-      if (lower) return Isa::AddInt(Isa::Sixteenth(sum), correction(m));
-    return sum;
-  };
-  for (int m = 0; m < Rows; ++m) begin_segment(m, false);
+  for (int m = 0; m < Rows; ++m) begin_segment(m);
   for (size_t tile = first; tile < last; ++tile) {
     source.BeginTile();
 #pragma GCC unroll 4
@@ -145,8 +130,8 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
 #pragma GCC unroll 16
         for (int m = 0; m < Rows; ++m)
           for (int s = 0; s < Strips; ++s)
-            ints[m][s][(kTwoScales ? row / 8 : r) % kChains] = Isa::Dot(
-                ints[m][s][(kTwoScales ? row / 8 : r) % kChains], weights[s], codes + m * job.x_row_bytes + row * 4);
+            ints[m][s][r % kChains] =
+                Isa::Dot(ints[m][s][r % kChains], weights[s], codes + m * job.x_row_bytes + row * 4);
         if ((r + 1) % (SegmentRows < 8 ? SegmentRows : 8) != 0) continue;
         for (int m = 0; m < Rows; ++m)
           for (int s = 0; s < Strips; ++s)
@@ -155,17 +140,19 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
       if (SegmentRows == 16 && (tile + 1) % segments.tiles != 0 && tile + 1 < last) continue;
       const bool real = segment < segments.layout.segments;
       const size_t group = segment * segments.scale_step;
-      const bool lower = part * SegmentRows >= 8, next_lower = (part + 1) * SegmentRows % 16 >= 8;
-      typename Isa::Vec scales[Strips];
-      if (real)
-        for (int s = 0; s < Strips; ++s) scales[s] = Isa::Scales(ScalesOf(w, strip + s, group), segments.fp16);
-      for (int m = 0; m < Rows; ++m) {
-        if (!real) continue;
-        const float x_scale = LoadFloat(x + m * job.x_row_bytes + segments.layout.scales_at + group * 4);
-        for (int s = 0; s < Strips; ++s) sums[m][s] = Isa::Flush(sums[m][s], total(m, s, lower), scales[s], x_scale);
-      }
       ++segment;
-      for (int m = 0; m < Rows; ++m) begin_segment(m, next_lower);
+      if (!real) continue;
+      typename Isa::Vec scales[Strips];
+      for (int s = 0; s < Strips; ++s) scales[s] = Isa::Scales(ScalesOf(w, strip + s, group), segments.fp16);
+      for (int m = 0; m < Rows; ++m) {
+        const float x_scale = LoadFloat(x + m * job.x_row_bytes + segments.layout.scales_at + group * 4);
+        for (int s = 0; s < Strips; ++s) {
+          typename Isa::IntVec total = ints[m][s][0];
+          for (int c = 1; c < kChains; ++c) total = Isa::AddInt(total, ints[m][s][c]);
+          sums[m][s] = Isa::Flush(sums[m][s], total, scales[s], x_scale);
+        }
+        begin_segment(m);
+      }
     }
     codes += 64;
   }

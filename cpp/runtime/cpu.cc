@@ -47,6 +47,7 @@ uint64_t Detect() {
   if (ymm && avx && avx2 && fma && f16c && popcnt && bmi1 && bmi2 && lzcnt) features |= kAvx2;
   if (zmm && Bit(l7.b, 16) && Bit(l7.b, 17) && Bit(l7.b, 30) && Bit(l7.b, 31)) features |= kAvx512;
   if (zmm && Bit(l7.c, 1) && Bit(l7.c, 6)) features |= kAvx512Vbmi2;
+  if (zmm && Bit(l7.c, 8)) features |= kGfni;
   if (zmm && Bit(l7.c, 11)) features |= kAvx512Vnni;
   if (zmm && Bit(l71.a, 5)) features |= kAvx512Bf16;
   if (tiles && Bit(l7.d, 24)) features |= kAmxTile;
@@ -91,6 +92,7 @@ constexpr FeatureName kFeatureNames[] = {
     {kAvx2, "avx2"},
     {kAvx512, "avx512"},
     {kAvx512Vbmi2, "avx512_vbmi2"},
+    {kGfni, "gfni"},
     {kAvx512Vnni, "avx512_vnni"},
     {kAvx512Bf16, "avx512_bf16"},
     {kAmxTile, "amx_tile"},

@@ -45,6 +45,7 @@ TEST_F(Cpu, FeaturesAgreeWithLinux) {
   if (has({"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"})) expected |= kAvx2;
   if (has({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) expected |= kAvx512;
   if (has({"avx512vbmi", "avx512_vbmi2"})) expected |= kAvx512Vbmi2;
+  if (has({"avx512f", "gfni"})) expected |= kGfni;
   if (has({"avx512_vnni"})) expected |= kAvx512Vnni;
   if (has({"avx512_bf16"})) expected |= kAvx512Bf16;
   if (has({"amx_tile"})) expected |= kAmxTile;
