@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <iostream>
 #include <set>
 #include <sstream>
 #include <string>
@@ -76,6 +77,18 @@ TEST_F(Cpu, TheHighestSupportedLevelIsChosen) {
   EXPECT_EQ(chosen, best);
   ASSERT_TRUE(ChooseLevel("auto", &chosen).ok());
   EXPECT_EQ(chosen, best);
+}
+
+// Somebody who knows the CPU, or has taken features from an emulated one, says which level must be the best.
+TEST_F(Cpu, TheBestLevelIsTheExpectedOne) {
+  const Level* chosen = nullptr;
+  ASSERT_TRUE(ChooseLevel(nullptr, &chosen).ok());
+  std::string supported;
+  for (const Level* level : Levels())
+    if (MissingFeatures(level->features).empty()) supported += std::string(" ") + level->name;
+  std::cout << "levels that run here:" << supported << "\n";
+  const char* expected = std::getenv("SPARAMX_TEST_BEST_LEVEL");
+  EXPECT_STREQ(chosen->name, expected == nullptr ? supported.substr(supported.rfind(' ') + 1).c_str() : expected);
 }
 
 TEST_F(Cpu, ALevelCanBeForcedOrIsRefusedByName) {
