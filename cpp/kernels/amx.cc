@@ -8,8 +8,7 @@
 //
 //   M <= 32  a tile pair is expanded two steps ahead of its products, the sums stay in tiles 0-3 over all of K
 //   M > 32   panels of 16 tiles x 2 strips: while every row block multiplies one panel, the next is expanded between
-//   the
-//            products, one tile per step; sums pass from panel to panel through an array on the stack
+//            its products, a tile a step; sums pass from panel to panel through an array on the stack
 //
 // GCC 12's tile intrinsics do not tell the compiler that they touch memory, hence the barriers.
 #include "kernels/expand_vbmi2.h"
@@ -63,7 +62,6 @@ class TileScope {
 };
 
 // --- What differs between weight types: how tiles come about, which product takes them, what sums mean
-// -----------------
 
 // The four products of a step; the tile numbers are part of the instructions.
 #define SPARAMX_PRODUCTS(product)         \
@@ -162,7 +160,6 @@ struct Int4Tiles {
 };
 
 // --- One step along K: weights from b0 and b1, rows from x, into the sums
-// ----------------------------------------------
 
 template <class Kind, int RowTiles, int Strips>
 SPARAMX_INLINE void Products(const uint8_t* x, size_t x_row_bytes, const uint8_t* b0, const uint8_t* b1) {
@@ -386,7 +383,6 @@ void MultiplyAmx(const MatMulJob& job) {
 }
 
 // --- int4 with int8 activations, M <= 32: TDPBSSD over one group of K at a time
-// ----------------------------------------
 //
 // A segment (a group, or 64 of a longer one) is s / 4 rows of a weight tile and s bytes of X; a group's integer sums go
 // through L1 to fp32, scaled. Per 1024 weights, 16 rows and groups of 32, measured on Granite Rapids: expansion 75

@@ -4,16 +4,14 @@
 //   Vec, IntVec                16 float sums, 16 int32 sums
 //   kDirectRows                largest M whose sums stay in registers over all of K
 //   kBlockRows, kBlockStrips   register block for larger M
-//   kStoredCodes               the panel holds codes as stored (CodeBias above their meaning, holes too), and
-//   corrections
-//                              undo that; otherwise it holds signed numbers
+//   kStoredCodes               the panel holds codes as stored (CodeBias above their meaning, holes too), which
+//                              corrections undo; otherwise it holds signed numbers
 //   Expand<Int4, Sparse>(cursor, out)  expands one tile to 16 rows of 64 bytes and advances
 //   Weights(tile, row)         a row of the panel
 //   Stream<Int4, Sparse>       the rows of a strip, one after the other, for the direct way: BeginTile(), Row(row)
 //   StartInt(v)                sums that begin at v
 //   Dot(sum, w, x)             sum + the 4 products of each lane with the 4 codes at x
-//   Settle(sum)                called after every 8 rows and at the end of a segment: a level may add up in 16 bits
-//   first
+//   Settle(sum)                called after 8 rows or a segment: a level may add up in 16 bits first
 //   AddInt, ZeroInt
 //   Scales(p, fp16)            16 weight scales
 //   Flush(sum, ints, scales, x_scale)  sum + ints * scales * x_scale

@@ -88,7 +88,6 @@ struct ScalarBf16 : ScalarBase {
 };
 
 // --- int8 and int4
-// ------------------------------------------------------------------------------------------------------
 
 // One tile to 16 rows of 64 signed numbers, without scales.
 template <bool Int4>

@@ -5,9 +5,10 @@
 //   kPanelTiles                 tiles of one strip that are expanded together for larger M (the panel stays in L1)
 //   kDirectRows                 largest M whose sums stay in registers over all of K
 //   kBlockRows, kBlockStrips    register block for larger M
-//   Expand<Sparse>(cursor, out) expands one tile and advances; returns where the expanded tile is (out, or the blob
-//   itself) Zero, Add, Load, Store      of Vec; Load and Store take the count of columns that exist kSteps rows of a
-//   panel tile (each multiplies one broadcast from x) kStepBytes                  bytes of x that one step broadcasts
+//   kSteps                      rows of an expanded tile; each multiplies one broadcast from x
+//   kStepBytes                  bytes of x that one step broadcasts
+//   Expand<Sparse>(cursor, out) expands one tile and advances; returns where it is (out, or the blob itself)
+//   Zero, Add, Load, Store      of Vec; Load and Store take the count of columns that exist
 //   Weights(tile, step)         one row of the panel
 //   Multiply(sum, w, x)         sum + w * broadcast(*x)
 //

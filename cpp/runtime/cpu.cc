@@ -89,15 +89,9 @@ struct FeatureName {
   const char* name;
 };
 constexpr FeatureName kFeatureNames[] = {
-    {kAvx2, "avx2"},
-    {kAvx512, "avx512"},
-    {kAvx512Vbmi2, "avx512_vbmi2"},
-    {kGfni, "gfni"},
-    {kAvx512Vnni, "avx512_vnni"},
-    {kAvx512Bf16, "avx512_bf16"},
-    {kAmxTile, "amx_tile"},
-    {kAmxBf16, "amx_bf16"},
-    {kAmxInt8, "amx_int8"},
+    {kAvx2, "avx2"},        {kAvx512, "avx512"},          {kAvx512Vbmi2, "avx512_vbmi2"},
+    {kGfni, "gfni"},        {kAvx512Vnni, "avx512_vnni"}, {kAvx512Bf16, "avx512_bf16"},
+    {kAmxTile, "amx_tile"}, {kAmxBf16, "amx_bf16"},       {kAmxInt8, "amx_int8"},
 };
 
 std::string LevelNames() {
