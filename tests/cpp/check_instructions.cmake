@@ -4,11 +4,11 @@ set(VEX "v[a-z]|popcnt|lzcnt|tzcnt|andn[lq]?[ \t]|bextr|bls[a-z]+|bzhi|mulx|pdep
 # What SSE3 to SSE4.2 added, as far as a compiler would use it here.
 set(SSE4 "pshufb|pabs|pmulld|pinsr[bdq]|pextr[bdq]|pmov[sz]x|round[ps]|p?blend|h(add|sub)p|crc32")
 set(VNNI "vpdp(bu|ws|bs|buu|wus|wuu|wsu)")
-set(VBMI2 "vperm(i2|t2)?b[ \t]|vpmultishiftqb|vp(expand|compress)[bw]|vpsh[lr]d")
+set(VBMI2 "vperm(i2|t2)?b[ \t]|vpmultishiftqb|vp(expand|compress)[bw]|vpsh[lr]d|v?gf2p8")  # and GFNI, which the same CPUs have
 set(BF16 "vdpbf16ps|vcvtne")
 set(AMX "tile|ldtilecfg|sttilecfg|tdp|tcmm")
-# FP16, IFMA, BITALG, VPOPCNTDQ, GFNI, VAES, VPCLMULQDQ, VP2INTERSECT: no level asks for them.
-set(NEVER "v(add|sub|mul|div|min|max|sqrt|fn?m(add|sub)[0-9]*)[ps]h|vmov(w|sh)|vpmadd52|vpopcnt|vpshufbitqmb|v?gf2p8"
+# FP16, IFMA, BITALG, VPOPCNTDQ, VAES, VPCLMULQDQ, VP2INTERSECT: no level asks for them.
+set(NEVER "v(add|sub|mul|div|min|max|sqrt|fn?m(add|sub)[0-9]*)[ps]h|vmov(w|sh)|vpmadd52|vpopcnt|vpshufbitqmb"
           "|vaes|vpclmul|vp2intersect")
 string(CONCAT NEVER ${NEVER})
 set(AVX512_REGISTERS "%zmm|%k[0-7]|%[xy]mm(1[6-9]|2[0-9]|3[01])")
