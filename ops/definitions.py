@@ -40,6 +40,7 @@ class Port:
     optional: bool = False
     constant: bool = False
     variadic: bool = False
+    role: bool = False  # one of the last inputs, whose order the attribute "roles" tells
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Attribute:
     """An attribute of an operator; ``default`` is None where it is required. A tuple is a list of integers."""
 
     name: str
-    kind: type[int] | type[str] | type[tuple[int, ...]]
+    kind: type[int] | type[float] | type[str] | type[tuple[int, ...]]
     doc: str
-    default: int | str | tuple[int, ...] | None = None
+    default: int | float | str | tuple[int, ...] | None = None
     choices: tuple[str, ...] = ()
 
 
@@ -113,5 +114,56 @@ SPARSE_AMX_MATMUL: Final = OpDefinition(
             default=Activations.AUTO.value,
             choices=tuple(activations.value for activations in Activations),
         ),
+    ),
+)
+
+_TOKENS: Final = "[batch, tokens, heads * size]"
+_CACHE: Final = "[batch, kv heads, capacity, size]"
+
+SPARSE_AMX_ATTENTION: Final = OpDefinition(
+    name="SparseAMXAttention",
+    domain=DOMAIN,
+    since_version=1,
+    doc="Attention of grouped heads over a cache, as docs/attention.md describes.",
+    inputs=(
+        Port("query", "float32", _TOKENS, "The queries; without key and value, all three side by side."),
+        Port("key", "float32", _TOKENS, "The new keys.", optional=True, role=True),
+        Port("value", "float32", _TOKENS, "The new values.", optional=True, role=True),
+        Port("past_key", "float32", _CACHE, "The keys before this call.", optional=True, role=True),
+        Port("past_value", "float32", _CACHE, "The values before this call.", optional=True, role=True),
+        Port(
+            "seqlens_k", "int32", "[batch]", "Keys of each entry, new ones included, minus 1.", optional=True, role=True
+        ),
+        Port("total_sequence_length", "int32", "[]", "Keys of the longest entry.", optional=True, role=True),
+        Port("cos_cache", "float32", "[positions, half]", "Rotary cosines.", optional=True, role=True),
+        Port("sin_cache", "float32", "[positions, half]", "Rotary sines.", optional=True, role=True),
+        Port("position_ids", "int64", "[batch, tokens]", "Rotary positions.", optional=True, role=True),
+        Port(
+            "attention_bias",
+            "float32",
+            "[batch or 1, heads or 1, tokens, total]",
+            "Added to the scores after the softcap.",
+            optional=True,
+            role=True,
+        ),
+        Port("key_padding_mask", "int32", "[batch, total]", "Zero hides a key.", optional=True, role=True),
+        Port("head_sink", "float32", "[heads]", "One more score per query, without a value.", optional=True, role=True),
+    ),
+    outputs=(
+        Port("output", "float32", _TOKENS, "The result."),
+        Port("present_key", "float32", _CACHE, "The keys after this call; may be past_key's memory.", optional=True),
+        Port("present_value", "float32", _CACHE, "The values after this call; likewise.", optional=True),
+    ),
+    attributes=(
+        Attribute("num_heads", int, "Heads of the query."),
+        Attribute("kv_num_heads", int, "Heads of key and value; a divisor of num_heads."),
+        Attribute("roles", str, "The names of the inputs after the query, in their order, with commas between them."),
+        Attribute("scale", float, "Factor of the scores; 0 takes one over the root of the head's size.", default=0.0),
+        Attribute("softcap", float, "Scores become softcap * tanh(score / softcap); 0 leaves them.", default=0.0),
+        Attribute("local_window_size", int, "Keys that a query sees, its own included; -1: all.", default=-1),
+        Attribute("causal", int, "Whether a query sees no later key than its own.", default=1),
+        Attribute("rotary_interleaved", int, "Whether rotary pairs stand side by side.", default=0),
+        Attribute("smooth_softmax", int, "One more score, 0, for every query.", default=0),
+        Attribute("mask_filter_value", float, "What key_padding_mask adds to a hidden key's scores.", default=-10000.0),
     ),
 )

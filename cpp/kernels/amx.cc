@@ -525,6 +525,7 @@ const Level kAmxLevel = {
          {"amx", 16, RowBytesQuantized, PackRowsQuantized, MultiplyGroups}},
     },
     FinishRows,
+    nullptr,
 };
 
 }  // namespace sparamx

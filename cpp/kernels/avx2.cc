@@ -265,6 +265,7 @@ const Level kAvx2Level = {
         {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Quantized, true>}},
     },
     FinishRows,
+    &kAvx2Attention,
 };
 
 }  // namespace sparamx

@@ -166,6 +166,7 @@ const Level kAvx512Level = {
         {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int4, true>}},
     },
     FinishRows,
+    &kAvx512Attention,
 };
 
 }  // namespace sparamx

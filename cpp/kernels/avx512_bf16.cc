@@ -40,6 +40,7 @@ const Level kAvx512Bf16Level = {
         {},
     },
     FinishRows,
+    nullptr,
 };
 
 }  // namespace sparamx

@@ -67,6 +67,7 @@ const Level kAvx512Vbmi2Level = {
         {{}, {}, {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, true>}},
     },
     FinishRows,
+    nullptr,
 };
 
 }  // namespace sparamx

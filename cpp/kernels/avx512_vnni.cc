@@ -31,6 +31,7 @@ const Level kAvx512VnniLevel = {
         {{}, {}, {"avx512_vnni", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<VnniQuantized, true>}},
     },
     FinishRows,
+    nullptr,
 };
 
 }  // namespace sparamx

@@ -8,39 +8,10 @@
 #include <stdint.h>
 
 #include "kernels/kernel_table.h"
+#include "kernels/lanes.h"
 
 namespace sparamx {
 namespace {
-
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t LanesInt __attribute__((vector_size(64)));
-
-#define SPARAMX_INLINE inline __attribute__((always_inline))
-
-SPARAMX_INLINE void Splat(float v, Lanes* out) {
-  for (int i = 0; i < 16; ++i) (*out)[i] = v;
-}
-
-// exp(x), relative error below 2e-7 in [-87.3, 88.4]; saturates outside, NaN stays NaN.
-SPARAMX_INLINE void Exp(Lanes* x) {
-  Lanes low, high, magic;
-  Splat(-87.3f, &low);
-  Splat(88.4f, &high);
-  Splat(12582912.0f, &magic);  // 1.5 * 2^23: adding it rounds to an integer, which the low mantissa bits then hold
-  Lanes v = *x < low ? low : *x;
-  v = v > high ? high : v;
-  const Lanes shifted = v * 1.44269504f + magic;
-  const Lanes n = shifted - magic;
-  const Lanes r = v - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts: the first product is exact
-  // A least-squares fit of exp on [-ln2/2, ln2/2] with the first two coefficients held at 1; error 4e-9.
-  Lanes p = r * 1.37511501e-3f + 8.36898759e-3f;
-  p = p * r + 4.16695438e-2f;
-  p = p * r + 1.66665182e-1f;
-  p = p * r + 4.99999881e-1f;
-  p = p * r * r + r + 1.0f;
-  const LanesInt exponent = ((LanesInt)shifted - (LanesInt)magic) << 23;
-  *x = (Lanes)((LanesInt)p + exponent);
-}
 
 SPARAMX_INLINE void Relu(Lanes* x) {
   *x = *x < 0.0f ? *x * 0.0f : *x;

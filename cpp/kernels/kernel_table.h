@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "format/layout.h"
+#include "kernels/attention_kernel.h"
 
 namespace sparamx {
 
@@ -49,6 +50,7 @@ struct Level {
   Kernel kernels[kWeightTypes][kActivationTypes];
   // y[rows, columns] = epilogue(y + bias), in place.
   void (*finish)(float* y, size_t y_stride, size_t rows, size_t columns, const float* bias, Epilogue epilogue);
+  const AttentionKernel* attention;  // null: that of a lower level
 };
 
 enum CpuFeature : uint64_t {

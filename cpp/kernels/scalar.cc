@@ -182,6 +182,7 @@ const Level kScalarLevel = {
         {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<true>}},
     },
     FinishRows,
+    &kScalarAttention,
 };
 
 }  // namespace sparamx

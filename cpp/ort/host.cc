@@ -110,6 +110,18 @@ std::vector<int64_t> InferredInts(const OrtShapeInferContext* context, const cha
   });
 }
 
+std::string InferredString(const OrtShapeInferContext* context, const char* name) {
+  const OrtApi& api = Ort::GetApi();
+  const OrtOpAttr* attribute = nullptr;
+  const Ort::Status absent(api.ShapeInferContext_GetAttribute(context, name, &attribute));
+  if (attribute == nullptr) return {};
+  size_t size = 0;
+  const Ort::Status too_small(api.ReadOpAttr(attribute, ORT_OP_ATTR_STRING, nullptr, 0, &size));
+  std::string value(size + 1, '\0');
+  Ort::ThrowOnError(api.ReadOpAttr(attribute, ORT_OP_ATTR_STRING, value.data(), value.size(), &size));
+  return value.c_str();  // ONNX Runtime 1.21 and 1.22 count the terminator as part of a string
+}
+
 void InferOutput(OrtShapeInferContext* context, size_t output, const InferredShape& shape,
                  ONNXTensorElementDataType type) {
   const OrtApi& api = Ort::GetApi();

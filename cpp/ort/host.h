@@ -75,6 +75,8 @@ struct InferredShape {
 InferredShape InferredInputShape(OrtShapeInferContext* context, size_t input);
 // An attribute that is an integer or a list of them; empty where it is absent.
 std::vector<int64_t> InferredInts(const OrtShapeInferContext* context, const char* name);
+// Likewise a string.
+std::string InferredString(const OrtShapeInferContext* context, const char* name);
 void InferOutput(OrtShapeInferContext* context, size_t output, const InferredShape& shape,
                  ONNXTensorElementDataType type);
 

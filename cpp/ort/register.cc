@@ -2,6 +2,7 @@
 #include <exception>
 #include <mutex>
 
+#include "ort/sparse_amx_attention.h"
 #include "ort/sparse_amx_matmul.h"
 
 #if defined(__GNUC__)
@@ -28,9 +29,11 @@ OrtStatus* TooOld(const OrtApiBase* base) {
 // process.
 Ort::CustomOpDomain& Domain() {
   static const sparamx::SparseAMXMatMul matmul;
+  static const sparamx::SparseAMXAttention attention;
   static Ort::CustomOpDomain* domain = [] {
     auto* made = new Ort::CustomOpDomain("com.sparamx");
     made->Add(&matmul);
+    made->Add(&attention);
     return made;
   }();
   return *domain;

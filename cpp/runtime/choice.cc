@@ -106,6 +106,15 @@ const Kernel* ChooseKernel(const Level& level, bool forced, WeightType type, Act
   return FindKernel(level, type, activations);
 }
 
+const AttentionKernel& ChooseAttention(const Level& level) {
+  const AttentionKernel* kernel = nullptr;
+  for (const Level* candidate : Levels()) {
+    if (candidate->attention != nullptr) kernel = candidate->attention;
+    if (candidate == &level) break;
+  }
+  return *kernel;  // the lowest level has one
+}
+
 std::string CpuInfoJson() {
   std::string features;
   for (const std::string& name : FeatureNames()) features += (features.empty() ? "" : ", ") + Quoted(name);
@@ -127,7 +136,8 @@ std::string CpuInfoJson() {
     json +=
         (t ? ", " : "") + Quoted(kTypeNames[t]) + ": " + KernelsJson(*level, forced, type, DefaultActivations(type));
   }
-  return json + "}}";
+  json += "}, \"attention\": " + (status.ok() ? Quoted(ChooseAttention(*level).path) : "null");
+  return json + "}";
 }
 
 }  // namespace sparamx

@@ -21,7 +21,11 @@ const Kernel* FindKernel(const Level& level, WeightType type, Activations activa
 // The kernel for M = rows: by the table, or, where somebody forced the level, that level's own (FindKernel).
 const Kernel* ChooseKernel(const Level& level, bool forced, WeightType type, Activations activations, size_t rows);
 
-// One JSON document for `sparamx-onnx info`: CPU, features, levels with reasons, and the choice per weight type and M.
+// The attention kernel of a level, or that of the next lower one that has its own.
+const AttentionKernel& ChooseAttention(const Level& level);
+
+// One JSON document for `sparamx-onnx info`: CPU, features, levels with reasons, the choice per weight type and M, and
+// the kernel of attention.
 std::string CpuInfoJson();
 
 }  // namespace sparamx

@@ -24,7 +24,8 @@ class Environment:
         onnxruntime: Version of the installed ONNX Runtime.
         python: Version of Python.
         cpu: Name and features of the CPU, the instruction-set ``levels`` with ``supported`` and ``reason``, the
-            ``level`` in force and its ``reason``, the ``kernels`` that will run, and the level that is ``forced``.
+            ``level`` in force and its ``reason``, the ``kernels`` that will run, that of ``attention``, and the level
+            that is ``forced``.
     """
 
     version: str

@@ -154,6 +154,7 @@ def environment_text(result: Environment) -> str:
         ("features", ", ".join(cpu["features"])),
         ("level in force", f"{cpu['level'] or 'none'}: {cpu['reason']}"),
         ("kernels", _kernels(cpu["kernels"]) or "none"),
+        ("attention", cpu["attention"] or "none"),
     ]
     width = max(len(name) for name, _ in facts)
     table = render((Column("level"), Column("runs"), Column("why", shrinks=True)), levels)

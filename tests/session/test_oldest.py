@@ -21,6 +21,7 @@ ROWS = (1, 2, 7, 40)
 SPLITS = (64, 16, 50)
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 WORKER = Path(__file__).with_name("oldest_worker.py")
+FEEDS_WORKER = Path(__file__).with_name("feeds_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,74 @@ def test_the_oldest_and_this_runtime_compute_the_same_bits(
         assert y.shape == (int(name.partition("/rows")[2]), 50 if "-" in name and "siblings" not in name else N)
         assert np.isfinite(y).all()
         assert y.tobytes() == now[name].tobytes(), name
+
+
+def _attention(folder: Path, name: str, tokens: int, packed: bool) -> None:
+    """A SparseAMXAttention node with as many inputs as a decoder has, and inputs for it."""
+    rng = np.random.default_rng(tokens)
+    batch, heads, kv_heads, size, past = 2, 4, 2, 32, 50 if tokens == 1 else 0
+    angles = rng.uniform(0, 6, (past + tokens, size // 2))
+    feeds = {"query": rng.standard_normal((batch, tokens, (heads + 2 * kv_heads * packed) * size), np.float32)}
+    if not packed:
+        for part in ("key", "value"):
+            feeds[part] = rng.standard_normal((batch, tokens, kv_heads * size), np.float32)
+    feeds |= {
+        "past_key": rng.standard_normal((batch, kv_heads, past, size), np.float32),
+        "past_value": rng.standard_normal((batch, kv_heads, past, size), np.float32),
+        "seqlens_k": np.array([past + tokens - 1, past], np.int32),
+        "total_sequence_length": np.array(past + tokens, np.int32),
+        "cos_cache": np.cos(angles).astype(np.float32),
+        "sin_cache": np.sin(angles).astype(np.float32),
+        "position_ids": np.broadcast_to(np.arange(past, past + tokens), (batch, tokens)).copy(),
+        "head_sink": rng.standard_normal(heads, np.float32),
+    }
+    roles = ",".join(role for role in feeds if role != "query")
+    outputs = ["output", "present_key", "present_value"]
+    node = helper.make_node(
+        "SparseAMXAttention", list(feeds), outputs, "attention", domain="com.sparamx", num_heads=heads,
+        kv_num_heads=kv_heads, roles=roles,
+    )  # fmt: skip
+    types = {
+        "seqlens_k": TensorProto.INT32,
+        "total_sequence_length": TensorProto.INT32,
+        "position_ids": TensorProto.INT64,
+    }
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [
+            helper.make_tensor_value_info(
+                name, types.get(name, TensorProto.FLOAT), [f"{name}{i}" for i in range(x.ndim)]
+            )
+            for name, x in feeds.items()
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+    )
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.sparamx", 1)]
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=imports), folder / f"{name}.onnx")
+    np.savez(folder / f"{name}.npz", **feeds)
+
+
+def test_attention_gives_the_same_bits_with_the_oldest_runtime(
+    tmp_path: Path, oldest: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for tokens in (1, 70):
+        for packed in (False, True):
+            _attention(folder, f"{tokens}-{'packed' if packed else 'apart'}", tokens, packed)
+    library = sparamx_onnx.get_library_path()
+    result = oldest("-P", FEEDS_WORKER, library, folder, tmp_path / "oldest.npz")
+    assert result.returncode == 0, result.stderr
+    subprocess.run(
+        [sys.executable, "-P", FEEDS_WORKER, library, folder, tmp_path / "here.npz"], check=True, timeout=300
+    )
+    then, now = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("oldest", "here"))
+    assert (str(then.pop("version")), str(now.pop("version"))) == (OLDEST, onnxruntime.__version__)
+    assert len(then) == 4 * 3
+    for name, value in then.items():
+        assert np.isfinite(value).all()
+        assert value.tobytes() == now[name].tobytes(), name
 
 
 def _linear(path: Path) -> Path:

@@ -1,0 +1,234 @@
+// One block of keys against one block of rows, for every level. With many rows, keys are turned over so that both
+// products are the same small matrix multiplication (scores = Q K^T, sums += P V); with few, scores are dot products,
+// and the keys and values some way ahead are asked for early. Softmax runs along: each row keeps the largest score so
+// far and rescales its sums where a larger one comes.
+//
+// An Isa has a vector of 16 floats (Vec, Zero, Load, Store, Scale, Multiply: sum + w * broadcast of x[0], MultiplyVec:
+// sum + w * x), Reduce (the sum of each of 16 vectors), Transpose (up to 16 keys x 16 numbers, zeros beyond), Prefetch,
+// and the register block kRows x kVecs.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/attention_kernel.h"
+#include "kernels/lanes.h"
+
+namespace sparamx {
+namespace {
+
+constexpr size_t kVecFloats = 16;
+// Up to so many rows, reading keys and values is what takes the time.
+constexpr size_t kFewRows = 8;
+// Keys that are asked for ahead of time then: 8 KiB where a key has 128 numbers.
+constexpr size_t kAheadKeys = 16;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+SPARAMX_INLINE size_t Smaller(size_t a, size_t b) {
+  return a < b ? a : b;
+}
+
+// c[Rows][columns] = (scales ? c * scale of the row : 0) + a[Rows][depth] b[depth][columns], Vecs vectors of columns of
+// which the last may be partial.
+template <class Isa, int Rows, int Vecs, bool Full>
+SPARAMX_INLINE void Tile(const float* a, size_t a_stride, size_t depth, const float* b, size_t b_stride, float* c,
+                         size_t c_stride, const float* scales, size_t columns, size_t prefetch) {
+  typename Isa::Vec sums[Rows][Vecs];
+  const size_t last = Full ? kVecFloats : columns - (Vecs - 1) * kVecFloats;
+  for (int r = 0; r < Rows; ++r)
+    for (int n = 0; n < Vecs; ++n)
+      sums[r][n] =
+          scales == nullptr
+              ? Isa::Zero()
+              : Isa::Scale(Isa::Load(c + r * c_stride + n * kVecFloats, n + 1 < Vecs ? kVecFloats : last), scales[r]);
+  for (size_t d = 0; d < depth; ++d) {
+    typename Isa::Vec row[Vecs] = {};
+#pragma GCC unroll 8
+    for (int n = 0; n < Vecs; ++n) {
+      row[n] = Isa::Load(b + n * kVecFloats, Full || n + 1 < Vecs ? kVecFloats : last);
+      if (prefetch != 0) Isa::Prefetch(b + n * kVecFloats + prefetch);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int n = 0; n < Vecs; ++n) sums[r][n] = Isa::Multiply(sums[r][n], row[n], a + r * a_stride + d);
+    b += b_stride;
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int n = 0; n < Vecs; ++n)
+      Isa::Store(c + r * c_stride + n * kVecFloats, n + 1 < Vecs ? kVecFloats : last, sums[r][n]);
+}
+
+// Columns of Rows rows: whole register blocks, then vector by vector.
+template <class Isa, int Rows>
+void Strip(const float* a, size_t a_stride, size_t depth, const float* b, size_t b_stride, float* c, size_t c_stride,
+           const float* scales, size_t columns, size_t prefetch) {
+  constexpr size_t kBlock = Isa::kVecs * kVecFloats;
+  size_t n = 0;
+  for (; n + kBlock <= columns; n += kBlock)
+    Tile<Isa, Rows, Isa::kVecs, true>(a, a_stride, depth, b + n, b_stride, c + n, c_stride, scales, kBlock, prefetch);
+  for (; n < columns; n += kVecFloats)
+    Tile<Isa, Rows, 1, false>(a, a_stride, depth, b + n, b_stride, c + n, c_stride, scales,
+                              Smaller(kVecFloats, columns - n), prefetch);
+}
+
+template <class Isa, int Rows = Isa::kRows>
+SPARAMX_INLINE void Strips(const float* a, size_t a_stride, size_t rows, size_t depth, const float* b, size_t b_stride,
+                           float* c, size_t c_stride, const float* scales, size_t columns, size_t prefetch) {
+  if constexpr (Rows > 0) {
+    for (; rows >= Rows; rows -= Rows) {
+      Strip<Isa, Rows>(a, a_stride, depth, b, b_stride, c, c_stride, scales, columns, prefetch);
+      a += Rows * a_stride;
+      c += Rows * c_stride;
+      if (scales != nullptr) scales += Rows;
+      prefetch = 0;  // once is enough
+    }
+    Strips<Isa, Rows - 1>(a, a_stride, rows, depth, b, b_stride, c, c_stride, scales, columns, prefetch);
+  }
+}
+
+// turned[number][key], zeros beyond the last key up to whole vectors.
+template <class Isa>
+void Turn(const AttentionJob& job) {
+  for (size_t t = 0; t < job.keys; t += kVecFloats) {
+    const size_t keys = Smaller(kVecFloats, job.keys - t);
+    for (size_t c = 0; c < job.key_size; c += kVecFloats)
+      Isa::Transpose(job.k + t * job.k_stride + c, job.k_stride, keys, Smaller(kVecFloats, job.key_size - c),
+                     job.turned + c * kKeyBlock + t, kKeyBlock);
+  }
+}
+
+// Scores of 4 keys with Rows rows, by dot products: nothing is turned over.
+template <class Isa, int Rows>
+SPARAMX_INLINE void DotFour(const AttentionJob& job, const float* q, size_t t, float* scores) {
+  typename Isa::Vec sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = Isa::Zero();
+  // Keys beyond the last are read as the last; their scores are masked.
+  const float* keys[4];
+  for (size_t i = 0; i < 4; ++i) keys[i] = job.k + Smaller(t + i, job.keys - 1) * job.k_stride;
+  for (size_t c = 0; c < job.key_size; c += kVecFloats) {
+    const size_t numbers = Smaller(kVecFloats, job.key_size - c);
+    typename Isa::Vec key[4] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      key[i] = Isa::Load(keys[i] + c, numbers);
+      Isa::Prefetch(keys[i] + c + kAheadKeys * job.k_stride);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const typename Isa::Vec row = Isa::Load(q + r * job.q_stride + c, numbers);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[r * 4 + i] = Isa::MultiplyVec(sums[r * 4 + i], key[i], row);
+    }
+  }
+  alignas(64) float totals[16];
+  Isa::Reduce(sums, totals);
+  for (int r = 0; r < Rows; ++r) __builtin_memcpy(scores + r * kKeyBlock + t, totals + 4 * r, 4 * sizeof(float));
+}
+
+template <class Isa, int Rows = 4>
+SPARAMX_INLINE void DotRows(const AttentionJob& job, const float* q, size_t rows, size_t t, float* scores) {
+  if constexpr (Rows > 0) {
+    for (; rows >= Rows; rows -= Rows) {
+      DotFour<Isa, Rows>(job, q, t, scores);
+      q += Rows * job.q_stride;
+      scores += Rows * kKeyBlock;
+    }
+    DotRows<Isa, Rows - 1>(job, q, rows, t, scores);
+  }
+}
+
+// x = cap * tanh(x / cap).
+SPARAMX_INLINE void Softcap(float cap, Lanes* x) {
+  Lanes e = *x * (2.0f / cap);
+  Exp(&e);
+  *x = cap - cap * 2.0f / (e + 1.0f);
+}
+
+SPARAMX_INLINE float Largest(const Lanes& x) {
+  float m[16];
+  __builtin_memcpy(m, &x, sizeof m);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) m[i] = m[i] > m[i + width] ? m[i] : m[i + width];
+  return m[0];
+}
+
+SPARAMX_INLINE float Sum(const Lanes& x) {
+  float m[16];
+  __builtin_memcpy(m, &x, sizeof m);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) m[i] += m[i + width];
+  return m[0];
+}
+
+// exp, and exactly zero from where fp32 has no normal number left.
+SPARAMX_INLINE void ExpOrZero(Lanes* x) {
+  const Lanes v = *x;
+  Exp(x);
+  Lanes zero = {}, low;
+  Splat(-87.0f, &low);
+  *x = v < low ? zero : *x;
+}
+
+// scores = exp(scores - largest so far); the factor for what was summed before.
+SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r) {
+  float* row = job.scores + r * kKeyBlock;
+  const size_t vectors = (job.keys + kVecFloats - 1) / kVecFloats;
+  Lanes x[kKeyBlock / kVecFloats];
+  __builtin_memcpy(x, row, vectors * sizeof(Lanes));
+  if (job.softcap > 0.0f)
+    for (size_t n = 0; n < vectors; ++n) Softcap(job.softcap, &x[n]);
+  if (job.bias != nullptr || job.key_bias != nullptr) {
+    __builtin_memcpy(row, x, vectors * sizeof(Lanes));
+    for (size_t t = 0; t < job.keys; ++t) {
+      if (job.bias != nullptr) row[t] += job.bias[r][job.first_key + t];
+      if (job.key_bias != nullptr) row[t] += job.key_bias[job.first_key + t];
+    }
+    __builtin_memcpy(x, row, vectors * sizeof(Lanes));
+  }
+  const VisibleKeys seen = job.visible[r];
+  const size_t end = job.first_key + job.keys;
+  if (seen.first > job.first_key || seen.last < end || job.keys % kVecFloats != 0) {
+    __builtin_memcpy(row, x, vectors * sizeof(Lanes));
+    for (size_t t = 0; t < vectors * kVecFloats; ++t)
+      if (job.first_key + t < seen.first || job.first_key + t >= Smaller(seen.last, end)) row[t] = kMinusInfinity;
+    __builtin_memcpy(x, row, vectors * sizeof(Lanes));
+  }
+  Lanes top = x[0];
+  for (size_t n = 1; n < vectors; ++n) top = x[n] > top ? x[n] : top;
+  const float before = job.max[r], block = Largest(top);
+  const float now = block > before ? block : before;
+  const float base = now == kMinusInfinity ? 0.0f : now;  // nothing seen yet: all of exp(-inf - 0) are zeros
+  Lanes shift, total = {}, factor;
+  Splat(base, &shift);
+  for (size_t n = 0; n < vectors; ++n) {
+    x[n] -= shift;
+    ExpOrZero(&x[n]);
+    total += x[n];
+  }
+  __builtin_memcpy(row, x, vectors * sizeof(Lanes));
+  Splat(before - base, &factor);
+  ExpOrZero(&factor);
+  job.max[r] = now;
+  job.denominator[r] = job.denominator[r] * factor[0] + Sum(total);
+  return factor[0];
+}
+
+template <class Isa>
+void Attend(const AttentionJob& job) {
+  float factors[kRowBlock];
+  if (job.rows <= kFewRows) {
+    for (size_t t = 0; t < job.keys; t += 4) DotRows<Isa>(job, job.q, job.rows, t, job.scores);
+  } else {
+    Turn<Isa>(job);
+    const size_t scored = (job.keys + kVecFloats - 1) / kVecFloats * kVecFloats;
+    Strips<Isa>(job.q, job.q_stride, job.rows, job.key_size, job.turned, kKeyBlock, job.scores, kKeyBlock, nullptr,
+                scored, 0);
+  }
+  for (size_t r = 0; r < job.rows; ++r) factors[r] = SoftmaxRow(job, r);
+  Strips<Isa>(job.scores, kKeyBlock, job.rows, job.keys, job.v, job.v_stride, job.sums, job.sums_stride, factors,
+              job.value_size, job.rows <= kFewRows ? kAheadKeys * job.v_stride : 0);
+}
+
+}  // namespace
+}  // namespace sparamx

@@ -1,0 +1,434 @@
+#include "runtime/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <string>
+#include <thread>
+
+#include "runtime/choice.h"
+#include "runtime/cpu.h"
+
+namespace sparamx {
+namespace {
+
+// Keys that one work item takes where one block of rows is all there is. A shape alone decides it, as it changes the
+// order of summation.
+constexpr size_t kPartKeys = 512;
+// Keys that one work item writes to the cache.
+constexpr size_t kAppendKeys = 256;
+constexpr float kNothingSeen = -std::numeric_limits<float>::infinity();
+
+// How many keys an entry of the batch has before this call, new in it, and then.
+struct Lengths {
+  size_t past, fresh, total;
+};
+
+bool IsFirst(const AttentionCall& c) {
+  return c.last_keys != nullptr && c.new_keys == c.total;
+}
+
+// As GroupQueryAttention has it: where the call brings as many tokens as the longest entry has keys, it is the first
+// one, and shorter entries end in padding.
+Lengths LengthsOf(const AttentionCall& c, size_t entry) {
+  if (c.last_keys == nullptr) return {c.past_capacity, c.new_keys, c.past_capacity + c.new_keys};
+  const size_t total = static_cast<size_t>(c.last_keys[entry]) + 1;
+  if (IsFirst(c)) return {0, total, total};
+  return {total - c.new_keys, c.new_keys, total};
+}
+
+// Rotates the first 2 * half numbers of a head in pairs, scales all.
+void RotateHead(const float* in, float* out, size_t size, const float* cos, const float* sin, size_t half,
+                bool interleaved, float scale) {
+  const size_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+  for (size_t i = 0; i < half; ++i) {
+    const float a = in[i * step], b = in[i * step + apart];
+    out[i * step] = (a * cos[i] - b * sin[i]) * scale;
+    out[i * step + apart] = (b * cos[i] + a * sin[i]) * scale;
+  }
+  for (size_t i = 2 * half; i < size; ++i) out[i] = in[i] * scale;
+}
+
+// Where tokens are rotated to. On a first call GroupQueryAttention looks at one position alone and counts on from it.
+int64_t PositionOf(const AttentionCall& c, const Lengths& lengths, size_t entry, size_t token) {
+  if (c.positions == nullptr) return static_cast<int64_t>(lengths.past + token);
+  if (!IsFirst(c)) return c.positions[entry * c.queries + token];
+  // A position that cannot be counted on from is one that no cache has, either.
+  const int64_t first = c.positions[0], most = std::numeric_limits<int64_t>::max() - static_cast<int64_t>(token);
+  return first > most ? first : first + static_cast<int64_t>(token);
+}
+
+// One work item's own memory.
+struct Slot {
+  float *q, *sums, *turned, *scores, *max, *denominator;
+  VisibleKeys* visible;
+  const float** bias;
+};
+
+// Hands out the parts of a buffer, each aligned to 64 bytes.
+class Carver {
+ public:
+  explicit Carver(uint8_t* base) : base_(base) {}
+  template <class T>
+  T* Take(size_t count) {
+    T* const taken = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += RoundUp(count * sizeof(T), 64);
+    return taken;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+
+// How a call is split, and where its scratch lies.
+struct Attention::Plan {
+  size_t group;  // query heads that share a key and value head
+  size_t rows;   // per key and value head: queries of its group
+  size_t row_blocks, block_rows;
+  size_t parts;                                        // along the keys
+  bool in_place;                                       // keys and values are read where the call has them
+  bool present_here;                                   // the host has no present: scratch stands in for it
+  bool append_first;                                   // new keys are written before anything is read, not on the way
+  size_t slots;                                        // work items that may run at a time
+  size_t items() const { return row_blocks * parts; }  // per entry and key and value head
+
+  Slot TakeSlot(Carver* carver, const AttentionCall& c) const {
+    Slot s;
+    s.q = carver->Take<float>(block_rows * c.key_size);
+    s.sums = carver->Take<float>(block_rows * c.value_size);
+    s.turned = carver->Take<float>(c.key_size * kKeyBlock);
+    s.scores = carver->Take<float>(block_rows * kKeyBlock);
+    s.max = carver->Take<float>(block_rows);
+    s.denominator = carver->Take<float>(block_rows);
+    s.visible = carver->Take<VisibleKeys>(block_rows);
+    s.bias = carver->Take<const float*>(block_rows);
+    return s;
+  }
+};
+
+Attention::Plan Attention::PlanFor(const AttentionCall& c) const {
+  Plan p;
+  p.group = options_.heads / options_.kv_heads;
+  p.rows = c.queries * p.group;
+  p.row_blocks = std::max<size_t>(1, CeilDiv(p.rows, kRowBlock));
+  p.block_rows = std::min(p.rows, kRowBlock);
+  p.parts = p.row_blocks == 1 ? std::max<size_t>(1, CeilDiv(c.total, kPartKeys)) : 1;
+  p.present_here = c.present_key == nullptr && (c.past_key != nullptr || c.cos != nullptr);
+  p.in_place = c.present_key == nullptr && !p.present_here;
+  p.append_first = !p.in_place && (p.row_blocks > 1 || p.rows == 0);
+  p.slots = std::min(c.batch * options_.kv_heads * p.items(), 2 * CpuCount());
+  return p;
+}
+
+// Everything that a work item needs.
+struct Attention::Task {
+  const Attention* attention;
+  AttentionCall call;  // with present in scratch where the host has none
+  Plan plan;
+  float scale;
+  std::atomic<uint32_t>* busy;  // [slots]
+  uint8_t* slot_memory;
+  size_t slot_bytes;
+  // Results of parts: [batch][kv_heads][parts] of sums [rows][value_size], max [rows], denominator [rows].
+  float* partial;
+
+  static void RunAppend(void* user, size_t item) { static_cast<const Task*>(user)->AppendItem(item); }
+  static void RunAttend(void* user, size_t item) { static_cast<const Task*>(user)->AttendItem(item); }
+  static void RunCombine(void* user, size_t item) { static_cast<const Task*>(user)->CombineItem(item); }
+
+  size_t PartFloats() const { return plan.rows * (call.value_size + 2); }
+  size_t Claim(size_t item) const;
+  void Append(size_t entry, size_t kv_head, size_t first, size_t last) const;
+  void AppendItem(size_t item) const;
+  void FillRows(const Slot& slot, size_t entry, size_t kv_head, size_t first_row, size_t rows) const;
+  void AttendItem(size_t item) const;
+  void CombineItem(size_t item) const;
+  void Finish(size_t entry, size_t kv_head, size_t row, float max, float denominator, const float* sums) const;
+};
+
+Status Attention::Init(const Options& options) {
+  options_ = options;
+  const Level* level = nullptr;
+  const Status status = ChooseLevel(options.isa, &level);
+  if (!status.ok()) return status;
+  kernel_ = &ChooseAttention(*level);
+  if (options.heads == 0 || options.kv_heads == 0 || options.heads % options.kv_heads != 0)
+    return Status::Invalid("its " + std::to_string(options.heads) + " query heads cannot share " +
+                           std::to_string(options.kv_heads) + " key and value heads equally");
+  if (options.window == 0 || options.window < -1)
+    return Status::Invalid("a window of " + std::to_string(options.window) + " keys makes no sense");
+  if (options.window > 0 && !options.causal) return Status::Invalid("a window needs causal attention");
+  if (!(options.softcap >= 0.0f)) return Status::Invalid("a softcap cannot be negative");
+  return {};
+}
+
+Status Attention::Check(const AttentionCall& c) const {
+  for (size_t entry = 0; entry < c.batch; ++entry) {
+    const std::string which = "entry " + std::to_string(entry) + " of the batch";
+    if (c.last_keys != nullptr) {
+      const int64_t total = static_cast<int64_t>(c.last_keys[entry]) + 1;
+      if (total < 1 || static_cast<uint64_t>(total) > c.total)
+        return Status::Invalid(
+            "seqlens_k says that " + which + " has " + std::to_string(total) +
+            " tokens in all, which is not in 1 to total_sequence_length = " + std::to_string(c.total));
+      if (!IsFirst(c) && static_cast<uint64_t>(total) < c.new_keys)
+        return Status::Invalid("seqlens_k says that " + which + " has " + std::to_string(total) +
+                               " tokens in all, fewer than the " + std::to_string(c.new_keys) +
+                               " that this call brings");
+      const uint64_t past = IsFirst(c) ? 0 : static_cast<uint64_t>(total) - c.new_keys;
+      if (past > c.past_capacity)
+        return Status::Invalid(which + " has a past of " + std::to_string(past) +
+                               " tokens, but the past cache holds at most " + std::to_string(c.past_capacity));
+    }
+    const Lengths lengths = LengthsOf(c, entry);
+    for (size_t s = 0; c.cos != nullptr && s < std::min(c.queries, lengths.fresh); ++s) {
+      const int64_t position = PositionOf(c, lengths, entry, s);
+      if (position < 0 || static_cast<uint64_t>(position) >= c.rotary_positions)
+        return Status::Invalid("token " + std::to_string(s) + " of " + which + " has the position " +
+                               std::to_string(position) + ", but cos_cache and sin_cache have " +
+                               std::to_string(c.rotary_positions) + " rows");
+    }
+  }
+  return {};
+}
+
+size_t Attention::ScratchBytes(const AttentionCall& c) const {
+  const Plan plan = PlanFor(c);
+  Carver carver(nullptr);
+  carver.Take<std::atomic<uint32_t>>(plan.slots);
+  Carver slot(nullptr);
+  plan.TakeSlot(&slot, c);
+  carver.Take<uint8_t>(plan.slots * slot.used());
+  if (plan.parts > 1) carver.Take<float>(c.batch * options_.kv_heads * plan.parts * plan.rows * (c.value_size + 2));
+  if (plan.present_here) {
+    carver.Take<float>(c.batch * options_.kv_heads * c.total * c.key_size);
+    carver.Take<float>(c.batch * options_.kv_heads * c.total * c.value_size);
+  }
+  return carver.used();
+}
+
+// A slot that nobody uses. There are at least as many as threads, unless the host has more threads than twice the
+// CPUs: then some wait here for others to finish.
+size_t Attention::Task::Claim(size_t item) const {
+  for (size_t i = item % plan.slots;; i = (i + 1) % plan.slots) {
+    if (busy[i].exchange(1, std::memory_order_acquire) == 0) return i;
+    if (i + 1 == plan.slots) std::this_thread::yield();
+  }
+}
+
+// Brings the cache rows [first, last) of one head into present: from the past unless it is the same memory, from the
+// call's tokens, zeros beyond both.
+void Attention::Task::Append(size_t entry, size_t kv_head, size_t first, size_t last) const {
+  const AttentionCall& c = call;
+  const Attention::Options& options = attention->options_;
+  const Lengths lengths = LengthsOf(c, entry);
+  const size_t head = entry * options.kv_heads + kv_head;
+  float* const keys = c.present_key + head * c.capacity * c.key_size;
+  float* const values = c.present_value + head * c.capacity * c.value_size;
+  const bool shared = c.past_key == c.present_key && c.past_value == c.present_value;
+  const size_t copied = std::min(last, lengths.past);
+  if (!shared && first < copied) {
+    const float* const past_keys = c.past_key + head * c.past_capacity * c.key_size;
+    const float* const past_values = c.past_value + head * c.past_capacity * c.value_size;
+    std::memcpy(keys + first * c.key_size, past_keys + first * c.key_size,
+                (copied - first) * c.key_size * sizeof(float));
+    std::memcpy(values + first * c.value_size, past_values + first * c.value_size,
+                (copied - first) * c.value_size * sizeof(float));
+  }
+  for (size_t t = std::max(first, lengths.past); t < std::min(last, lengths.total); ++t) {
+    const size_t token = t - lengths.past;
+    const float* const key = c.key + (entry * c.new_keys + token) * c.key_stride + kv_head * c.key_size;
+    const float* const value = c.value + (entry * c.new_keys + token) * c.value_stride + kv_head * c.value_size;
+    if (c.cos != nullptr) {
+      const size_t at = static_cast<size_t>(PositionOf(c, lengths, entry, token)) * c.rotary_half;
+      RotateHead(key, keys + t * c.key_size, c.key_size, c.cos + at, c.sin + at, c.rotary_half, options.interleaved,
+                 1.0f);
+    } else {
+      std::memcpy(keys + t * c.key_size, key, c.key_size * sizeof(float));
+    }
+    std::memcpy(values + t * c.value_size, value, c.value_size * sizeof(float));
+  }
+  const size_t beyond = std::max(first, lengths.total);
+  if (!shared && beyond < last) {
+    std::memset(keys + beyond * c.key_size, 0, (last - beyond) * c.key_size * sizeof(float));
+    std::memset(values + beyond * c.value_size, 0, (last - beyond) * c.value_size * sizeof(float));
+  }
+}
+
+void Attention::Task::AppendItem(size_t item) const {
+  const size_t chunks = CeilDiv(call.capacity, kAppendKeys);
+  const size_t first = item % chunks * kAppendKeys, head = item / chunks;
+  const size_t kv_heads = attention->options_.kv_heads;
+  Append(head / kv_heads, head % kv_heads, first, std::min(call.capacity, first + kAppendKeys));
+}
+
+// The rows [first_row, first_row + rows) of a group: rotated and scaled queries, what they see, and no sums yet.
+void Attention::Task::FillRows(const Slot& slot, size_t entry, size_t kv_head, size_t first_row, size_t rows) const {
+  const AttentionCall& c = call;
+  const Attention::Options& options = attention->options_;
+  const Lengths lengths = LengthsOf(c, entry);
+  for (size_t r = 0; r < rows; ++r) {
+    const size_t token = (first_row + r) / plan.group, head = kv_head * plan.group + (first_row + r) % plan.group;
+    const bool is_padding = options.causal && token >= lengths.fresh;
+    const float* const in = c.query + (entry * c.queries + token) * c.query_stride + head * c.key_size;
+    float* const out = slot.q + r * c.key_size;
+    if (c.cos != nullptr && !is_padding) {
+      const size_t at = static_cast<size_t>(PositionOf(c, lengths, entry, token)) * c.rotary_half;
+      RotateHead(in, out, c.key_size, c.cos + at, c.sin + at, c.rotary_half, options.interleaved, scale);
+    } else {
+      for (size_t i = 0; i < c.key_size; ++i) out[i] = in[i] * scale;
+    }
+    const size_t last = is_padding ? 0 : options.causal ? lengths.past + token + 1 : lengths.total;
+    const size_t window = options.window < 0 ? last : static_cast<size_t>(options.window);
+    slot.visible[r] = {static_cast<uint32_t>(last > window ? last - window : 0), static_cast<uint32_t>(last)};
+    if (c.bias != nullptr) {
+      const size_t batch = c.bias_batches == 1 ? 0 : entry, bias_head = c.bias_heads == 1 ? 0 : head;
+      slot.bias[r] = c.bias + ((batch * c.bias_heads + bias_head) * c.queries + token) * c.total;
+    }
+    slot.max[r] = kNothingSeen;
+    slot.denominator[r] = 0.0f;
+  }
+  std::memset(slot.sums, 0, rows * c.value_size * sizeof(float));
+}
+
+void Attention::Task::AttendItem(size_t item) const {
+  const AttentionCall& c = call;
+  const size_t kv_heads = attention->options_.kv_heads;
+  const size_t head = item / plan.items(), entry = head / kv_heads, kv_head = head % kv_heads;
+  const size_t part = item % plan.parts;
+  // The last rows of a causal prompt see most: they come first, so that no long item is left for the end.
+  const size_t block = plan.row_blocks - 1 - item / plan.parts % plan.row_blocks;
+  const size_t first_row = block * kRowBlock, rows = std::min(plan.rows - first_row, kRowBlock);
+  const Lengths lengths = LengthsOf(c, entry);
+  const size_t claimed = Claim(item);
+  Carver carver(slot_memory + claimed * slot_bytes);
+  Slot slot = plan.TakeSlot(&carver, c);
+  if (plan.parts > 1) {
+    slot.sums = partial + (head * plan.parts + part) * PartFloats();
+    slot.max = slot.sums + rows * c.value_size;
+    slot.denominator = slot.max + rows;
+  }
+  FillRows(slot, entry, kv_head, first_row, rows);
+
+  const bool append = !plan.in_place && !plan.append_first;
+  const bool is_last_part = part + 1 == plan.parts;
+  const size_t begin = part * kPartKeys * (plan.parts > 1 ? 1 : 0);
+  const size_t end = is_last_part ? lengths.total : std::min(begin + kPartKeys, lengths.total);
+  const size_t first_seen = slot.visible[0].first;
+  size_t last_seen = 0;  // rows at the end may be padding, which sees nothing
+  for (size_t r = 0; r < rows; ++r) last_seen = std::max<size_t>(last_seen, slot.visible[r].last);
+  AttentionJob job = {};
+  job.q = slot.q;
+  job.q_stride = job.key_size = c.key_size;
+  job.rows = rows;
+  job.sums_stride = job.value_size = c.value_size;
+  job.k_stride = plan.in_place ? c.key_stride : c.key_size;
+  job.v_stride = plan.in_place ? c.value_stride : c.value_size;
+  const float* const keys = plan.in_place ? c.key + entry * c.new_keys * c.key_stride + kv_head * c.key_size
+                                          : c.present_key + head * c.capacity * c.key_size;
+  const float* const values = plan.in_place ? c.value + entry * c.new_keys * c.value_stride + kv_head * c.value_size
+                                            : c.present_value + head * c.capacity * c.value_size;
+  job.visible = slot.visible;
+  job.softcap = attention->options_.softcap;
+  job.bias = c.bias == nullptr ? nullptr : slot.bias;
+  job.key_bias = c.key_bias == nullptr ? nullptr : c.key_bias + entry * c.total;
+  job.max = slot.max;
+  job.denominator = slot.denominator;
+  job.sums = slot.sums;
+  job.turned = slot.turned;
+  job.scores = slot.scores;
+  for (size_t t = begin; t < end; t += kKeyBlock) {
+    const size_t block_end = std::min(end, t + kKeyBlock);
+    if (append) Append(entry, kv_head, t, block_end);
+    if (block_end <= first_seen || t >= last_seen) continue;
+    job.k = keys + t * job.k_stride;
+    job.v = values + t * job.v_stride;
+    job.first_key = static_cast<uint32_t>(t);
+    job.keys = block_end - t;
+    attention->kernel_->attend(job);
+  }
+  if (append && is_last_part) Append(entry, kv_head, std::max(begin, lengths.total), c.capacity);
+  if (plan.parts == 1)
+    for (size_t r = 0; r < rows; ++r)
+      Finish(entry, kv_head, first_row + r, slot.max[r], slot.denominator[r], slot.sums + r * c.value_size);
+  busy[claimed].store(0, std::memory_order_release);
+}
+
+// Adds up the parts of one head, in ascending order.
+void Attention::Task::CombineItem(size_t item) const {
+  const AttentionCall& c = call;
+  const size_t rows = plan.rows, size = c.value_size;
+  float* const first = partial + item * plan.parts * PartFloats();
+  for (size_t r = 0; r < rows; ++r) {
+    float max = kNothingSeen, denominator = 0.0f;
+    for (size_t part = 0; part < plan.parts; ++part) max = std::max(max, first[part * PartFloats() + rows * size + r]);
+    float* const sums = first + r * size;
+    for (size_t part = 0; part < plan.parts; ++part) {
+      const float* const from = first + part * PartFloats();
+      const float part_max = from[rows * size + r];
+      const float weight = part_max == kNothingSeen ? 0.0f : std::exp(part_max - max);
+      denominator += from[rows * (size + 1) + r] * weight;
+      for (size_t i = 0; i < size; ++i) sums[i] = (part == 0 ? 0.0f : sums[i]) + from[r * size + i] * weight;
+    }
+    Finish(item / attention->options_.kv_heads, item % attention->options_.kv_heads, r, max, denominator, sums);
+  }
+}
+
+// Divides by the denominator, in which a sink takes part. A query that sees nothing gives zeros.
+void Attention::Task::Finish(size_t entry, size_t kv_head, size_t row, float max, float denominator,
+                             const float* sums) const {
+  const AttentionCall& c = call;
+  const Attention::Options& options = attention->options_;
+  const size_t token = row / plan.group, head = kv_head * plan.group + row % plan.group;
+  float factor = 1.0f;
+  if (c.sink != nullptr || options.smooth) {
+    const float sink = c.sink != nullptr ? c.sink[head] : 0.0f, top = std::max(max, sink);
+    factor = max == kNothingSeen ? 0.0f : std::exp(max - top);
+    denominator = denominator * factor + std::exp(sink - top);
+  }
+  if (denominator != 0.0f) factor /= denominator;
+  float* const out = c.output + ((entry * c.queries + token) * options.heads + head) * c.value_size;
+  for (size_t i = 0; i < c.value_size; ++i) out[i] = sums[i] * factor;
+}
+
+void Attention::Run(const AttentionCall& call, void* scratch, const ParallelFor& parallel) const noexcept {
+  const size_t kv_heads = options_.kv_heads;
+  Task task = {};
+  task.attention = this;
+  task.call = call;
+  task.plan = PlanFor(call);
+  if (call.batch == 0) return;
+  task.scale = options_.scale != 0.0f ? options_.scale : 1.0f / std::sqrt(static_cast<float>(call.key_size));
+  Carver carver(static_cast<uint8_t*>(scratch));
+  task.busy = carver.Take<std::atomic<uint32_t>>(task.plan.slots);
+  for (size_t i = 0; i < task.plan.slots; ++i) new (task.busy + i) std::atomic<uint32_t>(0);
+  Carver slot(nullptr);
+  task.plan.TakeSlot(&slot, call);
+  task.slot_bytes = slot.used();
+  task.slot_memory = carver.Take<uint8_t>(task.plan.slots * task.slot_bytes);
+  if (task.plan.parts > 1)
+    task.partial = carver.Take<float>(call.batch * kv_heads * task.plan.parts * task.PartFloats());
+  if (task.plan.present_here) {
+    task.call.capacity = call.total;
+    task.call.present_key = carver.Take<float>(call.batch * kv_heads * call.total * call.key_size);
+    task.call.present_value = carver.Take<float>(call.batch * kv_heads * call.total * call.value_size);
+  }
+  auto run = [&](size_t count, void (*body)(void*, size_t)) {
+    if (count == 0) return;
+    if (count == 1) return body(&task, 0);
+    parallel.run(parallel.host, count, body, &task);
+  };
+  if (task.plan.append_first) run(call.batch * kv_heads * CeilDiv(task.call.capacity, kAppendKeys), Task::RunAppend);
+  if (task.plan.rows == 0) return;
+  run(call.batch * kv_heads * task.plan.items(), Task::RunAttend);
+  if (task.plan.parts > 1) run(call.batch * kv_heads, Task::RunCombine);
+}
+
+}  // namespace sparamx

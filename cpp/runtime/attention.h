@@ -1,0 +1,81 @@
+// Attention over a cache of keys and values that lives in tensors of the host: which keys each query sees, how the work
+// is split, where new keys go. Knows no host: threads come as a callback, memory as pointers. docs/attention.md says
+// what is computed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "format/packed_format.h"
+#include "kernels/attention_kernel.h"
+#include "runtime/matmul.h"
+
+namespace sparamx {
+
+// What one run is asked. Tensors are row-major; those of tokens are [batch][tokens][stride], heads side by side.
+struct AttentionCall {
+  size_t batch = 0;
+  size_t queries = 0;   // tokens of the query
+  size_t new_keys = 0;  // tokens of the key and the value
+  size_t key_size = 0;  // numbers of a head of the query and the key
+  size_t value_size = 0;
+  const float *query = nullptr, *key = nullptr, *value = nullptr;
+  size_t query_stride = 0, key_stride = 0, value_stride = 0;  // floats from one token to the next
+
+  // [batch][kv_heads][capacity][size]; null: none. Past and present may be the same memory.
+  const float *past_key = nullptr, *past_value = nullptr;
+  size_t past_capacity = 0;
+  float *present_key = nullptr, *present_value = nullptr;
+  size_t capacity = 0;
+
+  const int32_t* last_keys = nullptr;  // [batch], the number of an entry's last key; null: all entries have all keys
+  size_t total = 0;                    // keys of the longest entry, past and new
+
+  const float *cos = nullptr, *sin = nullptr;  // [rotary_positions][rotary_half]; null: no rotation
+  size_t rotary_positions = 0, rotary_half = 0;
+  const int64_t* positions = nullptr;  // [batch][queries]; null: as many as keys before the token
+
+  const float* bias = nullptr;  // [bias_batches][bias_heads][queries][total], added to the scores
+  size_t bias_batches = 0, bias_heads = 0;
+  const float* key_bias = nullptr;  // [batch][total], likewise
+  const float* sink = nullptr;      // [heads]: a score that every query of the head sees, and that has no value
+
+  float* output = nullptr;  // [batch][queries][heads * value_size]
+};
+
+class Attention {
+ public:
+  struct Options {
+    size_t heads = 0, kv_heads = 0;
+    float scale = 0.0f;    // 0: one over the root of key_size
+    float softcap = 0.0f;  // 0: none
+    int64_t window = -1;   // keys that a query sees, itself included; -1: all before it
+    bool causal = true;
+    bool interleaved = false;   // rotary pairs stand side by side, not half a head apart
+    bool smooth = false;        // a sink of score zero for every head
+    const char* isa = nullptr;  // a level's name; null: SPARAMX_ISA or the best
+  };
+
+  Status Init(const Options& options);
+
+  // Whether the values (lengths, positions) of the call fit its shapes. Shapes are the caller's to check.
+  Status Check(const AttentionCall& call) const;
+
+  // Bytes that Run needs for a checked call; align them to 64.
+  size_t ScratchBytes(const AttentionCall& call) const;
+
+  // The result does not depend on the number of threads.
+  void Run(const AttentionCall& call, void* scratch, const ParallelFor& parallel) const noexcept;
+
+  const char* path() const { return kernel_->path; }
+
+ private:
+  struct Plan;
+  struct Task;
+  Plan PlanFor(const AttentionCall& call) const;
+
+  Options options_;
+  const AttentionKernel* kernel_ = nullptr;
+};
+
+}  // namespace sparamx

@@ -1,0 +1,466 @@
+"""SparseAMXAttention in ONNX Runtime sessions, against the reference and against GroupQueryAttention."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from sparamx_onnx.ops import library
+from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_ATTENTION
+from sparamx_onnx.ops.reference_attention import AttentionOptions, AttentionResult, sparse_amx_attention
+
+FULL = bool(os.environ.get("SPARAMX_TEST_FULL"))
+SUPPORTED = [level["name"] for level in library.cpu_info()["levels"] if level["supported"]]
+
+# Relative to the largest number of the output.
+REFERENCE_ERROR = 1e-4
+GROUP_QUERY_ERROR = 1e-3
+
+ROLES = [port.name for port in SPARSE_AMX_ATTENTION.inputs if port.role]
+GROUP_QUERY_INPUTS = [
+    *("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length"),
+    *("cos_cache", "sin_cache", "position_ids", "attention_bias", "head_sink"),
+]
+OUTPUTS = ["output", "present_key", "present_value"]
+ELEMENT_TYPES = {np.float32: TensorProto.FLOAT, np.int32: TensorProto.INT32, np.int64: TensorProto.INT64}
+
+Inputs = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call: attributes, inputs, and whether past and present are one buffer."""
+
+    options: AttentionOptions
+    inputs: Inputs
+    shared: bool
+
+    def __str__(self) -> str:
+        shapes = {name: list(array.shape) for name, array in self.inputs.items()}
+        lengths = self.inputs.get("seqlens_k")
+        return f"{self.options} {shapes} seqlens_k {lengths} shared {self.shared}"
+
+
+def _session(node: Any, inputs: Inputs, outputs: list[str], threads: int = 2) -> onnxruntime.InferenceSession:
+    graph = helper.make_graph(
+        [node],
+        "graph",
+        [
+            helper.make_tensor_value_info(
+                name, ELEMENT_TYPES[array.dtype.type], [f"{name}{i}" for i in range(array.ndim)]
+            )
+            for name, array in inputs.items()
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+    )
+    imports = [
+        helper.make_opsetid("", 20),
+        helper.make_opsetid(DOMAIN, DOMAIN_VERSION),
+        helper.make_opsetid("com.microsoft", 1),
+    ]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    library.register(options)
+    model = helper.make_model(graph, ir_version=10, opset_imports=imports)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def attention_session(
+    options: AttentionOptions, inputs: Inputs, outputs: int = 3, threads: int = 2
+) -> onnxruntime.InferenceSession:
+    """One SparseAMXAttention node."""
+    roles = [name for name in inputs if name != "query"]
+    attributes: dict[str, Any] = {
+        name: int(value) if isinstance(value, bool) else value for name, value in vars(options).items()
+    }
+    node = helper.make_node(
+        SPARSE_AMX_ATTENTION.name, ["query", *roles], OUTPUTS[:outputs], "attention", domain=DOMAIN,
+        roles=",".join(roles), **attributes,
+    )  # fmt: skip
+    return _session(node, inputs, OUTPUTS[:outputs], threads)
+
+
+def group_query_session(options: AttentionOptions, inputs: Inputs) -> onnxruntime.InferenceSession:
+    """One GroupQueryAttention node of ONNX Runtime."""
+    names = [name if name in inputs else "" for name in GROUP_QUERY_INPUTS]
+    attributes: dict[str, Any] = {
+        name: int(value) if isinstance(value, bool) else value for name, value in vars(options).items()
+    }
+    for name in ("causal", "mask_filter_value"):
+        del attributes[name]
+    node = helper.make_node(
+        "GroupQueryAttention", names, OUTPUTS, domain="com.microsoft", do_rotary=int("cos_cache" in inputs),
+        **attributes,
+    )  # fmt: skip
+    return _session(node, inputs, OUTPUTS)
+
+
+def run(session: onnxruntime.InferenceSession, case: Case) -> list[np.ndarray]:
+    """The outputs of a session, with past and present in one buffer where the case says so."""
+    if not case.shared:
+        return list(session.run(None, case.inputs))
+    binding = session.io_binding()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in case.inputs.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("output")
+    binding.bind_ortvalue_output("present_key", values["past_key"])
+    binding.bind_ortvalue_output("present_value", values["past_value"])
+    session.run_with_iobinding(binding)
+    output = binding.get_outputs()[0].numpy().copy()
+    return [output, values["past_key"].numpy().copy(), values["past_value"].numpy().copy()]
+
+
+def expected_of(case: Case) -> AttentionResult:
+    """What the reference gives."""
+    inputs: dict[str, Any] = dict(case.inputs)
+    if "total_sequence_length" in inputs:
+        inputs["total_sequence_length"] = int(inputs["total_sequence_length"])
+    return sparse_amx_attention(case.options, **inputs)
+
+
+def _error(actual: np.ndarray, expected: np.ndarray) -> float:
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max(initial=0.0) / max(1e-3, np.abs(expected).max(initial=0.0)))
+
+
+def _check(case: Case, outputs: list[np.ndarray], tolerance: float) -> None:
+    """Compares with the reference, but for padding and for what lies in a shared cache beyond an entry's keys."""
+    expected = expected_of(case)
+    valid = ~expected.is_padding
+    assert _error(outputs[0][valid], expected.output[valid]) <= tolerance, str(case)
+    lengths = case.inputs.get("seqlens_k")
+    for b in range(len(valid)):
+        end = expected.present_key.shape[2] if lengths is None else int(lengths[b]) + 1
+        for actual, wanted in zip(outputs[1:], (expected.present_key, expected.present_value), strict=True):
+            assert actual.shape == wanted.shape
+            assert _error(actual[b, :, :end], wanted[b, :, :end]) <= 1e-6, str(case)
+
+
+def make_cases(seed: int, count: int, for_group_query: bool = False) -> Iterator[Case]:
+    """Random calls: first calls, decode steps and chunks, with every option; more with SPARAMX_TEST_FULL.
+
+    Args:
+        seed: Seed.
+        count: How many.
+        for_group_query: Only what GroupQueryAttention takes, too.
+    """
+    rng = np.random.default_rng(seed)
+    for index in range(count * (10 if FULL else 1)):
+        kind = ("first", "decode", "chunk")[index % 3]
+        size = int(rng.choice([8, 16, 24, 40, 64, 80, 128, 136]))
+        kv_heads, group = int(rng.integers(1, 4)), int(rng.choice([1, 2, 3, 4, 7]))
+        batch = 1 if kind == "chunk" and for_group_query else int(rng.integers(1, 4))
+        tokens = 1 if kind == "decode" else int(rng.integers(2, 300 if rng.integers(3) == 0 else 40))
+        pasts = np.zeros(batch, int) if kind == "first" else rng.integers(1, 300, batch)
+        if kind == "decode" and rng.integers(4) == 0:
+            pasts = pasts + 1000
+        fresh = rng.integers(1, tokens + 1, batch) if kind == "first" else np.full(batch, tokens)
+        if kind == "first":
+            fresh[rng.integers(batch)] = tokens
+        lengths = pasts + fresh
+        total = int(lengths.max())
+        shared = bool(rng.integers(2))
+        capacity = total + int(rng.integers(20)) if shared else int(pasts.max())
+        heads = kv_heads * group
+
+        def normal(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape, np.float32)
+
+        inputs: Inputs = {"query": normal(batch, tokens, heads * size)}
+        if rng.integers(3) == 0:
+            inputs["query"] = normal(batch, tokens, (heads + 2 * kv_heads) * size)
+        else:
+            inputs["key"], inputs["value"] = (normal(batch, tokens, kv_heads * size) for _ in range(2))
+        if capacity or rng.integers(2) == 0:
+            inputs["past_key"], inputs["past_value"] = (normal(batch, kv_heads, capacity, size) for _ in range(2))
+        inputs["seqlens_k"] = (lengths - 1).astype(np.int32)
+        inputs["total_sequence_length"] = np.array(total, np.int32)
+        if rng.integers(2) and size % 16 == 0:
+            half = size // 2 if rng.integers(3) else 8
+            angles = rng.uniform(0, 6, (total + 9, half))
+            inputs["cos_cache"], inputs["sin_cache"] = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
+            if rng.integers(3) == 0:
+                inputs["position_ids"] = rng.integers(0, 10 if kind == "first" else total + 9, (batch, tokens))
+        if rng.integers(4) == 0:
+            inputs["attention_bias"] = normal(int(rng.choice([1, batch])), int(rng.choice([1, heads])), tokens, total)
+        smooth = bool(rng.integers(4) == 0)
+        if rng.integers(4) == 0:
+            inputs["head_sink"] = normal(heads)
+        if not for_group_query:
+            if rng.integers(6) == 0:
+                inputs["key_padding_mask"] = rng.integers(0, 2, (batch, total)).astype(np.int32)
+                # Where a query saw hidden keys only, fp32 would keep three digits of its scores beside the -10000.
+                inputs["key_padding_mask"][:, 0] = 1
+            order = [*rng.permutation([name for name in inputs if name != "query"])]
+            inputs = {name: inputs[name] for name in ["query", *order]}
+        options = AttentionOptions(
+            heads,
+            kv_heads,
+            scale=float(rng.choice([0.0, 0.0, 0.05, 0.3])),
+            softcap=float(rng.choice([0.0, 0.0, 2.0, 30.0])),
+            local_window_size=-1 if "key_padding_mask" in inputs else int(rng.choice([-1, -1, 1, 5, 70, 200])),
+            rotary_interleaved=bool(rng.integers(2)),
+            smooth_softmax=smooth,
+        )
+        yield Case(options, inputs, shared)
+
+
+@pytest.mark.parametrize("isa", SUPPORTED)
+def test_agrees_with_the_reference(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARAMX_ISA", isa)
+    expected = {"scalar": "scalar", "avx2": "avx2"}.get(isa, "avx512")
+    assert library.cpu_info()["attention"] == expected
+    for case in make_cases(SUPPORTED.index(isa), 60):
+        _check(case, run(attention_session(case.options, case.inputs), case), REFERENCE_ERROR)
+
+
+def test_agrees_with_group_query_attention() -> None:
+    for case in make_cases(100, 150, for_group_query=True):
+        ours = run(attention_session(case.options, case.inputs), case)
+        theirs = run(group_query_session(case.options, case.inputs), case)
+        valid = ~expected_of(case).is_padding
+        assert _error(ours[0][valid], theirs[0][valid]) <= GROUP_QUERY_ERROR, str(case)
+        for b, last in enumerate(case.inputs["seqlens_k"]):
+            for mine, other in zip(ours[1:], theirs[1:], strict=True):
+                assert mine.shape == other.shape
+                assert _error(mine[b, :, : last + 1], other[b, :, : last + 1]) <= GROUP_QUERY_ERROR, str(case)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    for case in make_cases(300, 12):
+        sessions = [attention_session(case.options, case.inputs, threads=threads) for threads in (1, 2, 5)]
+        valid = ~expected_of(case).is_padding
+        results = {run(session, case)[0][valid].tobytes() for session in sessions}
+        assert len(results) == 1, str(case)
+
+
+def _cross_attention(rng: np.random.Generator, past: int) -> Case:
+    """What MultiHeadAttention computes: no lengths, no causality, values of another size."""
+    batch, heads, tokens, keys, size, value_size = 2, 3, 17, 70, 24, 40
+    inputs: Inputs = {
+        "query": rng.standard_normal((batch, tokens, heads * size), np.float32),
+        "key": rng.standard_normal((batch, keys, heads * size), np.float32),
+        "value": rng.standard_normal((batch, keys, heads * value_size), np.float32),
+        "key_padding_mask": rng.integers(0, 2, (batch, past + keys)).astype(np.int32),
+        "attention_bias": rng.standard_normal((1, heads, tokens, past + keys), np.float32),
+    }
+    if past:
+        inputs["past_key"] = rng.standard_normal((batch, heads, past, size), np.float32)
+        inputs["past_value"] = rng.standard_normal((batch, heads, past, value_size), np.float32)
+    return Case(AttentionOptions(heads, heads, causal=False), inputs, shared=False)
+
+
+@pytest.mark.parametrize("past", [0, 33])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_without_lengths_and_causality(past: int, outputs: int) -> None:
+    case = _cross_attention(np.random.default_rng(past), past)
+    got = run(attention_session(case.options, case.inputs, outputs), case)
+    expected = expected_of(case)
+    assert _error(got[0], expected.output) <= REFERENCE_ERROR
+    if outputs == 3:
+        _check(case, got, REFERENCE_ERROR)
+
+
+def test_no_present_is_asked_for() -> None:
+    for case in make_cases(7, 30):
+        got = attention_session(case.options, case.inputs, outputs=1).run(None, case.inputs)[0]
+        expected = expected_of(case)
+        assert _error(got[~expected.is_padding], expected.output[~expected.is_padding]) <= REFERENCE_ERROR, str(case)
+
+
+def test_keys_that_are_all_hidden_give_zeros() -> None:
+    rng = np.random.default_rng(1)
+    inputs = {
+        "query": rng.standard_normal((1, 3, 32), np.float32),
+        "key": rng.standard_normal((1, 3, 16), np.float32),
+        "value": rng.standard_normal((1, 3, 16), np.float32),
+        "attention_bias": np.zeros((1, 1, 3, 3), np.float32),
+    }
+    inputs["attention_bias"][0, 0, 1] = -np.inf
+    case = Case(AttentionOptions(2, 1), inputs, shared=False)
+    output = run(attention_session(case.options, inputs), case)[0]
+    assert not output[0, 1].any()
+    assert _error(output, expected_of(case).output) <= REFERENCE_ERROR
+
+
+def test_large_scores_and_values_that_are_no_numbers() -> None:
+    rng = np.random.default_rng(2)
+    inputs = {
+        "query": rng.standard_normal((1, 150, 64), np.float32) * 100,
+        "key": rng.standard_normal((1, 150, 32), np.float32) * 100,
+        "value": rng.standard_normal((1, 150, 32), np.float32),
+    }
+    case = Case(AttentionOptions(2, 1), inputs, shared=False)
+    session = attention_session(case.options, inputs)
+    assert _error(run(session, case)[0], expected_of(case).output) <= REFERENCE_ERROR
+    inputs["key"][0, 100, 5] = np.nan
+    output = run(session, case)[0]
+    assert np.isfinite(output[0, :100]).all()
+    assert np.isnan(output[0, 100:]).all()
+
+
+@pytest.mark.parametrize("size", [(0, 5), (2, 0)])
+def test_empty_calls(size: tuple[int, int]) -> None:
+    batch, tokens = size
+    inputs = {
+        "query": np.zeros((batch, tokens, 32), np.float32),
+        "key": np.zeros((batch, tokens, 16), np.float32),
+        "value": np.zeros((batch, tokens, 16), np.float32),
+        "past_key": np.ones((batch, 1, 3, 16), np.float32),
+        "past_value": np.ones((batch, 1, 3, 16), np.float32),
+    }
+    output, present_key, _ = attention_session(AttentionOptions(2, 1), inputs).run(None, inputs)
+    assert output.shape == (batch, tokens, 32)
+    assert present_key.shape == (batch, 1, 3 + tokens, 16)
+    assert (present_key == 1).all()
+
+
+def _step() -> Case:
+    """A decode step of a ragged batch in a shared buffer."""
+    rng = np.random.default_rng(3)
+    angles = rng.uniform(0, 6, (30, 8))
+    inputs: Inputs = {
+        "query": rng.standard_normal((2, 1, 64), np.float32),
+        "key": rng.standard_normal((2, 1, 32), np.float32),
+        "value": rng.standard_normal((2, 1, 32), np.float32),
+        "past_key": rng.standard_normal((2, 2, 24, 16), np.float32),
+        "past_value": rng.standard_normal((2, 2, 24, 16), np.float32),
+        "seqlens_k": np.array([11, 20], np.int32),
+        "total_sequence_length": np.array(21, np.int32),
+        "cos_cache": np.cos(angles).astype(np.float32),
+        "sin_cache": np.sin(angles).astype(np.float32),
+    }
+    return Case(AttentionOptions(4, 2), inputs, shared=False)
+
+
+Change = Callable[[Inputs], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i.update(seqlens_k=np.array([11, 21], np.int32)), "22 tokens in all, which is not in 1 to .* = 21"),
+        (lambda i: i.update(seqlens_k=np.array([-2, 20], np.int32)), "seqlens_k says that entry 0"),
+        (lambda i: i.update(seqlens_k=np.array([11], np.int32)), r"seqlens_k has the shape \[1\]"),
+        (lambda i: i.update(total_sequence_length=np.array(40, np.int32)), "total_sequence_length is 40"),
+        (lambda i: i.update(total_sequence_length=np.array(-1, np.int32)), "total_sequence_length is -1"),
+        (lambda i: i.update(total_sequence_length=np.array([21, 21], np.int32)), "must be one number"),
+        (lambda i: i.update(past_key=i["past_key"][:, :, :20]), r"past_value has the shape \[2, 2, 24, 16\]"),
+        (lambda i: i.update(past_key=i["past_key"][:, :1]), "past_key has the shape"),
+        (lambda i: i.update(past_key=i["past_key"][0]), "past_key has the shape"),
+        (lambda i: i.update(key=i["key"][:, :, :16]), r"key has the shape \[2, 1, 16\], but it must be \[2, 1, 32\]"),
+        (lambda i: i.update(value=i["value"][:1]), "value has the shape"),
+        (lambda i: i.update(query=i["query"][:, :, :63]), "a multiple of 4"),
+        (lambda i: i.update(query=i["query"][0]), "query has the shape"),
+        (lambda i: i.update({n: i[n][:20] for n in ("cos_cache", "sin_cache")}), "the position 20, but .* 20"),
+        (lambda i: i.update(cos_cache=i["cos_cache"][:, :4]), "sin_cache has the shape"),
+        (lambda i: i.update(position_ids=np.array([[3], [-1]])), "has the position -1"),
+        (lambda i: i.update(position_ids=np.array([[3, 4], [5, 6]])), "position_ids has the shape"),
+        (lambda i: i.update(attention_bias=np.zeros((1, 3, 1, 21), np.float32)), "attention_bias has the shape"),
+        (lambda i: i.update(attention_bias=np.zeros((1, 1, 1, 20), np.float32)), "attention_bias has the shape"),
+        (lambda i: i.update(head_sink=np.zeros(3, np.float32)), r"head_sink has the shape \[3\]"),
+        (lambda i: i.update(key_padding_mask=np.zeros((2, 20), np.int32)), "key_padding_mask has the shape"),
+        (lambda i: i.update(seqlens_k=np.array([11, 20], np.int64)), "seqlens_k does not have the element type"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_are_refused_in_words(change: Change, message: str) -> None:
+    case = _step()
+    change(case.inputs)
+    with pytest.raises(Exception, match=f"SparseAMXAttention node 'attention': .*{message}"):
+        run(attention_session(case.options, case.inputs), case)
+
+
+@pytest.mark.parametrize(
+    ("options", "without", "message"),
+    [
+        (AttentionOptions(4, 3), (), "4 query heads cannot share 3 key and value heads"),
+        (AttentionOptions(4, 0), (), "cannot share"),
+        (AttentionOptions(4, 2, local_window_size=0), (), "a window of 0 keys"),
+        (
+            AttentionOptions(4, 2, local_window_size=3, causal=False),
+            ("cos_cache", "sin_cache"),
+            "a window needs causal",
+        ),
+        (AttentionOptions(4, 2, softcap=-1.0), (), "a softcap cannot be negative"),
+        (AttentionOptions(4, 2), ("value",), "key and value both or neither"),
+        (AttentionOptions(4, 2), ("past_value",), "past_key and past_value both or neither"),
+        (AttentionOptions(4, 2), ("total_sequence_length",), "both or neither"),
+        (AttentionOptions(4, 2), ("sin_cache",), "cos_cache and sin_cache both or neither"),
+    ],
+)
+def test_wrong_attributes_are_refused_in_words(
+    options: AttentionOptions, without: tuple[str, ...], message: str
+) -> None:
+    inputs = {name: array for name, array in _step().inputs.items() if name not in without}
+    with pytest.raises(Exception, match=message):
+        attention_session(options, inputs)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ("key,value,kez", "'kez', which is no role"),
+        ("key,value,key", "names key twice"),
+        ("key,value", "3 inputs after the query, but its attribute roles names 2"),
+    ],
+)
+def test_wrong_roles_are_refused_in_words(roles: str, message: str) -> None:
+    inputs = {name: _step().inputs[name] for name in ("query", "key", "value", "seqlens_k")}
+    node = helper.make_node(
+        SPARSE_AMX_ATTENTION.name, list(inputs), ["output"], domain=DOMAIN, num_heads=4, kv_num_heads=2, roles=roles
+    )
+    with pytest.raises(Exception, match=message):
+        _session(node, inputs, ["output"]).run(None, inputs)
+
+
+def test_roles_are_the_documented_ones() -> None:
+    case = _step()
+    rng = np.random.default_rng(5)
+    every = {
+        **case.inputs,
+        "position_ids": np.array([[3], [4]]),
+        "attention_bias": rng.standard_normal((2, 4, 1, 21), np.float32),
+        "key_padding_mask": np.ones((2, 21), np.int32),
+        "head_sink": rng.standard_normal(4, np.float32),
+    }
+    assert set(every) == {"query", *ROLES}
+    case = dataclasses.replace(case, inputs=every)
+    _check(case, run(attention_session(case.options, every), case), REFERENCE_ERROR)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_shapes_are_inferred(packed: bool) -> None:
+    inputs = dict(_step().inputs)
+    if packed:
+        inputs["query"] = np.zeros((2, 1, 128), np.float32)
+        del inputs["key"], inputs["value"]
+    graph_inputs = [
+        helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.type], ["batch", "tokens", array.shape[2]])
+        if name in ("query", "key", "value")
+        else helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.type], [None] * array.ndim)
+        for name, array in inputs.items()
+    ]
+    roles = [name for name in inputs if name != "query"]
+    nodes = [
+        helper.make_node(
+            SPARSE_AMX_ATTENTION.name, list(inputs), ["output"], domain=DOMAIN, num_heads=4, kv_num_heads=2,
+            roles=",".join(roles),
+        ),
+        helper.make_node("Identity", ["output"], ["y"]),
+    ]  # fmt: skip
+    graph = helper.make_graph(nodes, "g", graph_inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    options = onnxruntime.SessionOptions()
+    library.register(options)
+    model = helper.make_model(graph, ir_version=10, opset_imports=imports).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[0].shape == ["batch", "tokens", 64]
