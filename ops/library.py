@@ -43,6 +43,7 @@ class PackOptionsStruct(ctypes.Structure):
         ("scale_type", ctypes.c_uint32),
         ("group_size", ctypes.c_uint32),
         ("threads", ctypes.c_uint32),
+        ("scales", ctypes.c_void_p),
     ]
 
 

@@ -78,14 +78,21 @@ class PackOptions:
     group_size: int = 0
     threads: int = 0
 
-    def _as_struct(self) -> library.PackOptionsStruct:
+    def _as_struct(self, scales: npt.NDArray[np.float32] | None = None) -> library.PackOptionsStruct:
         return library.PackOptionsStruct(
             _WEIGHT_TYPES.index(self.weight_type),
             _FORMS.index(self.form),
             _SCALE_TYPES.index(self.scale_type),
             self.group_size,
             self.threads,
+            None if scales is None else scales.ctypes.data,
         )
+
+    def scale_groups(self, k: int) -> int:
+        """Scales that an output of ``k`` inputs has."""
+        if self.weight_type is WeightType.INT4:
+            return -(-k // (self.group_size or DEFAULT_GROUP_SIZE))
+        return 1 if self.weight_type is WeightType.INT8 else 0
 
 
 @dataclass(frozen=True)
@@ -218,31 +225,48 @@ def _matrix(w: npt.NDArray[np.generic]) -> tuple[library.Matrix, npt.NDArray[np.
     return matrix, w
 
 
-def packed_size(w: npt.NDArray[np.generic], options: PackOptions) -> int:
+def _scales(
+    scales: npt.NDArray[np.float32] | None, shape: tuple[int, ...], options: PackOptions
+) -> npt.NDArray[np.float32] | None:
+    """The scales as the C interface takes them."""
+    if scales is None:
+        return None
+    wanted = (options.scale_groups(shape[0]), shape[1])
+    if scales.shape != wanted:
+        raise SparamxError(f"The scales must have the shape {list(wanted)}, not {list(scales.shape)}.")
+    return np.ascontiguousarray(scales, np.float32)
+
+
+def packed_size(w: npt.NDArray[np.generic], options: PackOptions, scales: npt.NDArray[np.float32] | None = None) -> int:
     """The exact size in bytes of the blob that ``pack`` makes; reads the whole matrix.
 
     Args:
         w: The weight [K, N], float32, float16 or bfloat16, with any strides (a transposed view is not copied).
         options: How to pack it.
+        scales: As for ``pack``.
 
     Raises:
-        SparamxError: The matrix or the options cannot be packed.
+        SparamxError: The matrix, the options or the scales cannot be packed.
     """
     matrix, owner = _matrix(w)
     size = ctypes.c_uint64()
-    struct = options._as_struct()
+    given = _scales(scales, w.shape, options)
+    struct = options._as_struct(given)
     library.call("sparamx_packed_size", ctypes.byref(matrix), ctypes.byref(struct), ctypes.byref(size))
-    del owner
+    del owner, given
     return size.value
 
 
-def pack_into(w: npt.NDArray[np.generic], options: PackOptions, out: Blob) -> None:
+def pack_into(
+    w: npt.NDArray[np.generic], options: PackOptions, out: Blob, scales: npt.NDArray[np.float32] | None = None
+) -> None:
     """Packs a matrix into a buffer.
 
     Args:
         w: The weight [K, N], float32, float16 or bfloat16, with any strides.
         options: How to pack it.
-        out: Contiguous and writable uint8 [packed_size(w, options)].
+        out: Contiguous and writable uint8 [packed_size(w, options, scales)].
+        scales: As for ``pack``.
 
     Raises:
         SparamxError: The matrix, the options or the buffer cannot be used.
@@ -250,26 +274,31 @@ def pack_into(w: npt.NDArray[np.generic], options: PackOptions, out: Blob) -> No
     if out.dtype != np.uint8 or out.ndim != 1 or not out.flags.c_contiguous or not out.flags.writeable:
         raise SparamxError("The buffer to pack into must be a writable, contiguous uint8 vector.")
     matrix, owner = _matrix(w)
-    struct = options._as_struct()
+    given = _scales(scales, w.shape, options)
+    struct = options._as_struct(given)
     library.call("sparamx_pack", ctypes.byref(matrix), ctypes.byref(struct), out.ctypes.data, out.size)
-    del owner
+    del owner, given
 
 
-def pack(w: npt.NDArray[np.generic], options: PackOptions) -> Blob:
-    """Packs a matrix. The same matrix and options give the same bytes.
+def pack(w: npt.NDArray[np.generic], options: PackOptions, scales: npt.NDArray[np.float32] | None = None) -> Blob:
+    """Packs a matrix. The same matrix, options and scales give the same bytes.
 
     Args:
         w: The weight [K, N], float32, float16 or bfloat16, with any strides.
         options: How to pack it.
+        scales: For int8 and int4 weights that are quantized already: their scales [options.scale_groups(K), N]. Weights
+            that are code * scale in float32, with codes of the type's range, get exactly these codes. Without them the
+            packer chooses the scales.
 
     Returns:
-        The blob, uint8 [packed_size(w, options)].
+        The blob, uint8 [packed_size(w, options, scales)].
 
     Raises:
-        SparamxError: The matrix or the options cannot be packed.
+        SparamxError: The matrix, the options or the scales cannot be packed.
     """
-    out = np.empty(_size_to_allocate(w, options), np.uint8)
-    pack_into(w, options, out)
+    size = packed_size(w, options, scales) if scales is not None else _size_to_allocate(w, options)
+    out = np.empty(size, np.uint8)
+    pack_into(w, options, out, scales)
     return out
 
 

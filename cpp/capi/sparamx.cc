@@ -53,6 +53,7 @@ Status ReadArguments(const sparamx_matrix* m, const sparamx_pack_options* o, spa
   options->scale_type = static_cast<sparamx::ScaleType>(o->scale_type);
   options->group_size = o->group_size;
   options->threads = o->threads;
+  options->scales = o->scales;
   return {};
 }
 

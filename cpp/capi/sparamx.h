@@ -54,6 +54,9 @@ typedef struct sparamx_pack_options {
   uint32_t scale_type;  /* sparamx_scale_type; NONE takes the weight type's default */
   uint32_t group_size;  /* int4: weights along K that share a scale; otherwise 0 */
   uint32_t threads;     /* 0: one per core */
+  /* NULL: the packer chooses the scales. Otherwise finite numbers of the scale type, row-major [groups][n] (int8: one
+   * group; int4: ceil(k / group_size)): weights that are whole multiples of their scale keep these as their codes. */
+  const float* scales;
 } sparamx_pack_options;
 
 /* What a blob says of itself (after a successful check). */

@@ -178,7 +178,7 @@ Status CheckArguments(const SourceMatrix& m, PackOptions* o) {
     if (o->scale_type == ScaleType::kNone) o->scale_type = ScaleType::kFp16;
     if (o->group_size == 0) o->group_size = 32;
     if (!internal::IsGroupSize(o->group_size)) return Status::Invalid("the group size must be 16, 32, 64, 128 or 256");
-  } else if (o->scale_type != ScaleType::kNone || o->group_size != 0) {
+  } else if (o->scale_type != ScaleType::kNone || o->group_size != 0 || o->scales != nullptr) {
     return Status::Invalid("fp32 and bf16 weights take neither scales nor groups");
   }
   return {};
@@ -215,7 +215,7 @@ Status Count(const SourceMatrix& m, const PackOptions& o, Census* census) {
   g.k = m.k;
   g.n = m.n;
   internal::SetGeometry(&g);
-  const Status status = internal::ComputeScales(m, g, o.threads, &census->scales);
+  const Status status = internal::ComputeScales(m, g, o.scales, o.threads, &census->scales);
   if (!status.ok()) return status;
   std::vector<uint64_t> nnz(g.strips * g.runs);
   census->offsets.assign(nnz.size() + 1, 0);

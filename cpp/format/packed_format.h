@@ -35,13 +35,15 @@ struct SourceMatrix {
   SourceType type;
 };
 
-// scale_type kNone takes the type's default (int8: fp32, int4: fp16), group_size 0 as well (int4: 32).
+// scale_type kNone takes the type's default (int8: fp32, int4: fp16), group_size 0 as well (int4: 32). Without `scales`
+// the packer chooses them; with them, weights that are whole multiples of theirs keep these multiples as codes.
 struct PackOptions {
   WeightType type = WeightType::kBf16;
   Form form = Form::kAuto;
   ScaleType scale_type = ScaleType::kNone;
   uint32_t group_size = 0;
-  unsigned threads = 0;  // 0: one per core
+  unsigned threads = 0;           // 0: one per core
+  const float* scales = nullptr;  // row-major [groups][N]: int8 one group, int4 ceil(K / group_size)
 };
 
 // The exact size of the blob that Pack writes for the same arguments.

@@ -86,12 +86,24 @@ void Int4GroupScales(const Stage& stage, size_t column, size_t k0, size_t k1, Sc
   }
 }
 
+Status CopyScales(const float* given, const PackedView& g, std::vector<float>* scales) {
+  for (size_t group = 0; group < g.groups; ++group) {
+    for (size_t n = 0; n < g.n; ++n) {
+      const float scale = given[group * g.n + n];
+      if (!std::isfinite(scale)) return Status::Invalid("a given scale is not finite");
+      if (Rounded(scale, g.scale_type) != scale) return Status::Invalid("a given scale is no fp16 number");
+      (*scales)[(n / kStripColumns * g.groups + group) * kStripColumns + n % kStripColumns] = scale;
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 int QuantizeInt8(float weight, float scale) {
   if (scale == 0.0f) return 0;
   const float code = RoundToInteger(weight / scale);
-  return static_cast<int>(std::min(127.0f, std::max(-127.0f, code)));
+  return static_cast<int>(std::min(127.0f, std::max(-128.0f, code)));
 }
 
 int QuantizeInt4(float weight, float scale) {
@@ -100,7 +112,8 @@ int QuantizeInt4(float weight, float scale) {
   return static_cast<int>(std::min(7.0f, std::max(-8.0f, code)));
 }
 
-Status ComputeScales(const SourceMatrix& source, const PackedView& g, unsigned threads, std::vector<float>* scales) {
+Status ComputeScales(const SourceMatrix& source, const PackedView& g, const float* given, unsigned threads,
+                     std::vector<float>* scales) {
   scales->assign(g.strips * g.groups * kStripColumns, 0.0f);
   if (g.groups == 0) return {};
   std::atomic<bool> finite{true};
@@ -115,6 +128,7 @@ Status ComputeScales(const SourceMatrix& source, const PackedView& g, unsigned t
       }
     for (const float v : undefined.v)
       if (v != 0.0f) finite = false;
+    if (given != nullptr) return;
     float* out = &(*scales)[strip * g.groups * kStripColumns];
     if (g.type == WeightType::kInt8) {
       for (size_t n = 0; n < kStripColumns; ++n) out[n] = std::max(out[n], largest.v[n] / 127.0f);
@@ -125,6 +139,7 @@ Status ComputeScales(const SourceMatrix& source, const PackedView& g, unsigned t
                       out + (k0 + k) / g.group_size * kStripColumns);
   });
   if (!finite) return Status::Invalid("it has weights that are not finite, which int8 and int4 cannot hold");
+  if (given != nullptr) return CopyScales(given, g, scales);
   for (const float s : *scales)
     if (!std::isfinite(s)) return Status::Invalid("its weights are too large for fp16 scales: take fp32 scales");
   return {};

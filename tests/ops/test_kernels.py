@@ -179,3 +179,29 @@ def test_levels_that_are_not_there_are_errors() -> None:
     for isa in ["pentium", *(name for name in LEVELS if name not in SUPPORTED)]:
         with pytest.raises(SparamxError, match=isa):
             packing.matmul(blob, np.ones((1, 4), np.float32), isa=isa)
+
+
+@pytest.mark.parametrize("form", [Form.SPARSE, Form.DENSE])
+@pytest.mark.parametrize("weight_type", QUANTIZED)
+@pytest.mark.parametrize("isa", SUPPORTED)
+def test_the_ends_of_the_range_of_codes(isa: str, weight_type: WeightType, form: Form) -> None:
+    """The packer's own scales never give the lowest int8 code; those of a model that was quantized before do."""
+    low, high = (-128, 127) if weight_type is WeightType.INT8 else (-8, 7)
+    options = _options(weight_type, form)
+    rng = np.random.default_rng(7)
+    k, n = 1100, 40
+    codes = rng.choice([low, high, 0], (k, n), p=[0.6, 0.2, 0.2]).astype(np.float32)
+    codes[:, 0] = low
+    scales = np.full((options.scale_groups(k), n), 0.125, np.float32)
+    scales[:, ::3] *= -1
+    w = codes * np.repeat(scales, options.group_size or k, axis=0)[:k]
+    blob = packing.pack(w, options, scales)
+    for m in (1, 5, 40):
+        # Whole numbers up to 127 are their own codes, and every sum is exact.
+        x = rng.integers(-127, 128, (m, k)).astype(np.float32)
+        x[:, :: options.group_size or k] = 127
+        y, path = packing.matmul(blob, x, isa=isa)
+        if path == "amx" and weight_type is WeightType.INT4 and m > 32:
+            x = reference.round_to_bf16(x)
+        expected = x.astype(np.float64) @ w
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(x).astype(np.float64).dot(np.abs(w)).max())

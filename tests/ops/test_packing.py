@@ -290,3 +290,48 @@ def test_counting_agrees_with_packing(monkeypatch: pytest.MonkeyPatch, source: t
         packing.pack_into(view, PackOptions(weight_type), blob)
         assert packing.count_nonzero(view, weight_type) == packing.describe(blob).nnz
         np.testing.assert_array_equal(packing.pack(view, PackOptions(weight_type)), blob)
+
+
+def _codes(options: PackOptions, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the type's whole range, a third of them zero, and scales [groups, N] of both signs."""
+    rng = np.random.default_rng(seed)
+    low, high = (-128, 127) if options.weight_type is WeightType.INT8 else (-8, 7)
+    codes = rng.integers(low, high + 1, shape) * (rng.random(shape) < 2 / 3)
+    codes[0, :2] = low, high
+    scales = rng.standard_normal((options.scale_groups(shape[0]), shape[1])).astype(np.float32) * 10.0 ** rng.integers(
+        -4, 4, shape[1]
+    )
+    return codes, scales.astype(np.float16 if options.scale_type is ScaleType.FP16 else np.float32).astype(np.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", QUANTIZED, ids=lambda o: f"{o.weight_type}-{o.scale_type}-{o.group_size}")
+def test_given_scales_keep_every_code(options: PackOptions, form: Form) -> None:
+    options = dataclasses.replace(options, form=form)
+    for seed, (k, n) in enumerate([(1, 1), (70, 45), (256, 32), (700, 19)]):
+        codes, scales = _codes(options, (k, max(n, 2)), seed)
+        spread = np.repeat(scales, options.group_size or k, axis=0)[:k]
+        w = codes.astype(np.float32) * spread
+        blob = packing.pack(w, options, scales)
+        packing.validate(blob)
+        assert packing.describe(blob).nnz == np.count_nonzero(w)
+        np.testing.assert_array_equal(packing.unpack(blob), w)
+        np.testing.assert_array_equal(reference.unpack_blob(blob.tobytes()), w)
+        # From a transposed view too.
+        np.testing.assert_array_equal(packing.pack(np.asfortranarray(w), options, np.asfortranarray(scales)), blob)
+
+
+def test_given_scales_that_cannot_be_used() -> None:
+    w = np.ones((64, 3), np.float32)
+    int8, int4 = PackOptions(WeightType.INT8), PackOptions(WeightType.INT4)
+    for options, groups in ((int8, 1), (int4, 2)):
+        with pytest.raises(SparamxError, match=rf"must have the shape \[{groups}, 3\], not \[5, 3\]"):
+            packing.pack(w, options, np.ones((5, 3), np.float32))
+        with pytest.raises(SparamxError, match="a given scale is not finite"):
+            packing.pack(w, options, np.full((groups, 3), np.inf, np.float32))
+        with pytest.raises(SparamxError, match="not finite, which int8 and int4 cannot hold"):
+            packing.pack(w * np.float32(np.nan), options, np.ones((groups, 3), np.float32))
+    with pytest.raises(SparamxError, match="no fp16 number"):
+        packing.pack(w, int4, np.full((2, 3), 1e-3, np.float32))
+    with pytest.raises(SparamxError, match=r"must have the shape \[0, 3\]"):
+        packing.pack(w, PackOptions(WeightType.BF16), np.ones((1, 3), np.float32))
