@@ -1,7 +1,8 @@
-"""Folds Identity, Transpose and Cast of constants, lazily: nothing is computed until a folded constant is read."""
+"""Folds what lies between constants and their use, lazily: nothing is computed until a folded constant is read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.dequantize import CODE_BITS, Dequantized, Reshaped, Unpacked
 from sparamx_onnx.graph_passes.mapped import read_tensor
 from sparamx_onnx.graph_passes.plan import Reason
 
@@ -38,7 +40,7 @@ class Converted:
     dtype: ir.DataType
 
 
-Step = Transposed | Converted
+Step = Transposed | Converted | Dequantized | Reshaped | Unpacked
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,22 @@ class FoldedConstant:
     def transposed(self) -> FoldedConstant:
         """The same constant with its dimensions in reverse order."""
         permutation = tuple(reversed(range(len(self.shape))))
-        return FoldedConstant(
-            self.root, self.tensor, _append(self.steps, Transposed(permutation)), self.shape[::-1], self.dtype
-        )
+        return self.with_step(Transposed(permutation), self.shape[::-1], self.dtype)
+
+    def with_step(self, step: Step, shape: tuple[int, ...], dtype: ir.DataType) -> FoldedConstant:
+        """What a step makes of the constant.
+
+        Args:
+            step: The step.
+            shape: The shape after it.
+            dtype: The type after it.
+        """
+        return FoldedConstant(self.root, self.tensor, _append(self.steps, step), shape, dtype)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is dequantized on the way."""
+        return any(isinstance(step, Dequantized) for step in self.steps)
 
     def numpy(self) -> npt.NDArray[np.generic]:
         """The values at the use.
@@ -83,6 +98,8 @@ class FoldedConstant:
             step = steps.pop(0)
             if isinstance(step, Transposed):
                 array = array.transpose(step.permutation)
+            elif not isinstance(step, Converted):
+                array = step.apply(array)
             elif not _is_widening(array.dtype, step.dtype) or any(isinstance(later, Converted) for later in steps):
                 array = array.astype(_FLOATS[step.dtype])
         return array
@@ -109,9 +126,11 @@ def _append(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
 
     Equal views of one tensor thus have equal steps, by which weights are recognized as shared.
     """
-    if isinstance(step, Converted):
-        # A conversion commutes with transpositions: conversions stand first.
-        return (*(s for s in steps if isinstance(s, Converted)), step, *(s for s in steps if isinstance(s, Transposed)))
+    if isinstance(step, Converted) and steps and isinstance(steps[-1], Transposed):
+        # A conversion commutes with a transposition: conversions stand first.
+        return (*steps[:-1], step, steps[-1])
+    if not isinstance(step, Transposed):
+        return (*steps, step)
     permutation = step.permutation
     if steps and isinstance(steps[-1], Transposed):
         inner = steps[-1].permutation
@@ -132,7 +151,9 @@ class ConstantFolder:
     3. Identity of a constant is that constant.
     4. Transpose of a constant is a constant: its permutation is recorded, no data is moved.
     5. Cast of a floating-point constant to a floating-point type is a constant: the conversion is recorded.
-    6. Anything else is refused, with the reason.
+    6. DequantizeLinear of an integer constant with constant scales and zero points, one, one per index of an axis, or
+       one per block of an axis, is a constant: it is recorded how to compute it.
+    7. Anything else is refused, with the reason.
 
     The graph is not changed: nodes that nobody uses any more after a rewrite are removed by it, the others keep the
     constant they have, so that a weight that stays dense is never stored twice.
@@ -142,6 +163,12 @@ class ConstantFolder:
         self._model = model
         self._overridable = (model.ir_version or _OVERRIDABLE_SINCE_IR) >= _OVERRIDABLE_SINCE_IR
         self._computable: set[ir.Value] | None = None
+        self._dequantizing: set[ir.Node] = set()
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators that the model imports."""
+        return self._model.opset_imports.get("", 1)
 
     def fold(self, value: ir.Value) -> FoldedConstant | NotConstant:
         """The constant that a value is, or why it is none."""
@@ -149,9 +176,9 @@ class ConstantFolder:
         while not _is_initialized(value):
             node = value.producer()
             # A node that is met again is in a cycle, which is no valid model, but must not hang.
-            if node is None or node.domain != "" or node.op_type not in _FOLDED or node in chain:
+            if node is None or node in chain or not _is_foldable(node):
                 break
-            source = node.inputs[0] if len(node.inputs) == 1 else None
+            source = node.inputs[0]
             if source is None:
                 break
             chain.append(node)
@@ -160,8 +187,33 @@ class ConstantFolder:
         for node in reversed(chain):
             if isinstance(folded, NotConstant):
                 return folded
-            folded = _FOLDED[node.op_type](node, folded)
+            unary = _FOLDED.get(node.op_type)
+            folded = self._fold_dequantize(node, folded) if unary is None else unary(node, folded)
         return folded
+
+    def _fold_dequantize(self, node: ir.Node, codes: FoldedConstant) -> FoldedConstant | NotConstant:
+        if node in self._dequantizing:  # scales that depend on themselves: no valid model, but it must not hang
+            return NotConstant(Reason.MALFORMED_NODE, f"The node '{node.name}' is in a cycle.")
+        self._dequantizing.add(node)
+        try:
+            values = [node.inputs[index] if index < len(node.inputs) else None for index in (1, 2)]
+            scale, zero = (None if value is None else self.fold(value) for value in values)
+        finally:
+            self._dequantizing.discard(node)
+        if isinstance(scale, NotConstant) or isinstance(zero, NotConstant):
+            return NotConstant(Reason.QUANTIZED_WEIGHT, f"The scales of '{node.name}' are computed at run time.")
+        if scale is None:
+            return NotConstant(Reason.MALFORMED_NODE, f"The node '{node.name}' has no scales.")
+        axis = node.attributes.get("axis")
+        block = node.attributes.get("block_size")
+        return dequantized(
+            codes,
+            scale,
+            zero,
+            axis=1 if axis is None else axis.as_int(),
+            block=0 if block is None else block.as_int(),
+            what=f"the {node.op_type} node '{node.name}'",
+        )
 
     def _fold_root(self, value: ir.Value) -> FoldedConstant | NotConstant:
         if _is_initialized(value):
@@ -203,6 +255,50 @@ class ConstantFolder:
         return self._computable
 
 
+def dequantized(
+    codes: FoldedConstant, scale: FoldedConstant, zero: FoldedConstant | int | None, *, axis: int, block: int, what: str
+) -> FoldedConstant | NotConstant:
+    """The constant that quantized codes mean, or why that cannot be told.
+
+    Args:
+        codes: The codes, of an integer type.
+        scale: The scales, of a floating-point type: one, one per index of ``axis``, or one per block.
+        zero: The codes that mean zero, of the scales' shape; or one for all of them; None is 0.
+        axis: The dimension along which the scales differ; negative from the end.
+        block: How many indices of the axis share a scale; 0 where every index has its own.
+        what: The node, in words, for the reason.
+    """
+    if codes.dtype not in CODE_BITS:
+        return NotConstant(Reason.QUANTIZED_WEIGHT, f"Its codes, which {what} expands, are {codes.dtype.name}.")
+    if scale.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return NotConstant(Reason.QUANTIZED_WEIGHT, f"Its scales are {scale.dtype.name}.")
+    rank = len(codes.shape)
+    single = math.prod(scale.shape) == 1
+    if not single and not -rank <= axis < rank:
+        return NotConstant(Reason.MALFORMED_NODE, f"There is no dimension {axis} that {what} could scale.")
+    axis = axis % rank if rank else 0
+    blocks = -(-codes.shape[axis] // block) if block > 0 and rank else 0
+    expected = [(*codes.shape[:axis], blocks, *codes.shape[axis + 1 :])] if block else [codes.shape[axis : axis + 1]]
+    if block < 0 or not ((single and not block) or scale.shape in expected):
+        return NotConstant(
+            Reason.MALFORMED_NODE, f"The scales of {what} are of the shape {list(scale.shape)}, which does not fit."
+        )
+    if isinstance(zero, FoldedConstant) and math.prod(zero.shape) != 1 and zero.shape != scale.shape:
+        return NotConstant(Reason.MALFORMED_NODE, f"The zero points of {what} do not have the shape of its scales.")
+    bits, signed = CODE_BITS[codes.dtype]
+    if codes.steps and isinstance(codes.steps[-1], Unpacked):
+        bits = codes.steps[-1].bits
+    low = -(1 << (bits - 1)) if signed else 0
+    step = Dequantized(scale, 0 if zero is None else zero, axis, block, codes.shape, low, low + (1 << bits) - 1)
+    return codes.with_step(step, codes.shape, scale.dtype)
+
+
+def _is_foldable(node: ir.Node) -> bool:
+    if node.op_type == "DequantizeLinear":
+        return node.domain in ("", "com.microsoft") and 2 <= len(node.inputs) <= 3
+    return node.domain == "" and node.op_type in _FOLDED and len(node.inputs) == 1
+
+
 def _is_initialized(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is not None
 
@@ -217,7 +313,7 @@ def _fold_transpose(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | No
             f"The Transpose node '{node.name}' permutes {len(permutation)} dimensions of {rank}.",
         )
     shape = tuple(inner.shape[axis] for axis in permutation)
-    return FoldedConstant(inner.root, inner.tensor, _append(inner.steps, Transposed(permutation)), shape, inner.dtype)
+    return inner.with_step(Transposed(permutation), shape, inner.dtype)
 
 
 def _fold_identity(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotConstant:
@@ -234,7 +330,7 @@ def _fold_cast(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotCons
         return NotConstant(
             Reason.WEIGHT_NOT_CONSTANT, f"The node '{node.name}' casts it from {inner.dtype.name} to {name}."
         )
-    return FoldedConstant(inner.root, inner.tensor, _append(inner.steps, Converted(target)), inner.shape, target)
+    return inner.with_step(Converted(target), inner.shape, target)
 
 
 _FOLDED: Mapping[str, Callable[[ir.Node, FoldedConstant], FoldedConstant | NotConstant]] = {

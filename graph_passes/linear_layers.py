@@ -8,33 +8,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.activations import find_activation
+from sparamx_onnx.graph_passes.dequantize import CODE_BITS
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConstant, NotConstant
+from sparamx_onnx.graph_passes.packed_attention import read_attention
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Reason
+from sparamx_onnx.graph_passes.products import (
+    FLOAT_READERS,
+    MICROSOFT,
+    Bias,
+    NewNodes,
+    Product,
+    Reader,
+    Refusal,
+    constant_vector,
+)
+from sparamx_onnx.graph_passes.quantized_products import QUANTIZED_READERS, has_static_scale
 from sparamx_onnx.ops import packing
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_MATMUL, Epilogue
 from sparamx_onnx.ops.errors import SparamxError
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A constant that is added to the product.
-
-    Attributes:
-        constant: Its values, of any shape that broadcasts to [N].
-        scale: A factor of them (Gemm's beta).
-    """
-
-    constant: FoldedConstant
-    scale: float = 1.0
-
-    def numpy(self, n: int) -> npt.NDArray[np.float32]:
-        """The vector [n], float32."""
-        vector = np.asarray(self.constant.numpy(), np.float32).reshape(-1) * np.float32(self.scale)
-        return np.ascontiguousarray(np.broadcast_to(vector, (n,)), np.float32)
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,10 @@ class LinearLayer:
         bias: The bias, or None.
         epilogue: The activation function.
         output: The result [..., N].
+        before: What has to be computed from x before it is multiplied, or None.
+        after: What remains to be computed from the product to get the result, or None.
+        static: Whether the activations were quantized with a scale of their own, which int8 and int4 weights, whose
+            activations are quantized anew, would not keep.
     """
 
     node: ir.Node
@@ -60,6 +58,9 @@ class LinearLayer:
     bias: Bias | None
     epilogue: Epilogue
     output: ir.Value
+    before: NewNodes | None = None
+    after: NewNodes | None = None
+    static: bool = False
 
     @property
     def k(self) -> int:
@@ -90,62 +91,46 @@ class Found:
     layer: LinearLayer | None = None
 
 
-# Operators beside MatMul and Gemm that may hold a weight, and the inputs where it is. They are only reported.
-_RELATIVES: Mapping[tuple[str, str], tuple[int, ...]] = {
-    ("", "MatMulInteger"): (1,),
-    ("", "QLinearMatMul"): (3,),
-    ("", "Einsum"): (0, 1),
-    ("com.microsoft", "Attention"): (1,),
-    ("com.microsoft", "DynamicQuantizeMatMul"): (1,),
-    ("com.microsoft", "FusedGemm"): (1,),
-    ("com.microsoft", "FusedMatMul"): (1,),
-    ("com.microsoft", "GemmFastGelu"): (1,),
-    ("com.microsoft", "GemmFloat8"): (1,),
-    ("com.microsoft", "MatMulBnb4"): (1,),
-    ("com.microsoft", "MatMulFpQ4"): (1,),
-    ("com.microsoft", "MatMulInteger16"): (1,),
-    ("com.microsoft", "MatMulIntegerToFloat"): (1,),
-    ("com.microsoft", "MatMulNBits"): (1,),
-    ("com.microsoft", "MoE"): (2,),
-    ("com.microsoft", "QAttention"): (1,),
-    ("com.microsoft", "QGemm"): (3,),
-    ("com.microsoft", "QMoE"): (2,),
+# How every operator that may hold a weight is read.
+_READERS: Mapping[tuple[str, str], Reader] = {
+    **FLOAT_READERS,
+    **QUANTIZED_READERS,
+    (MICROSOFT, "Attention"): read_attention,
 }
 
-_QUANTIZED_RELATIVES = frozenset(
-    {
-        "MatMulInteger",
-        "QLinearMatMul",
-        "DynamicQuantizeMatMul",
-        "GemmFloat8",
-        "MatMulBnb4",
-        "MatMulFpQ4",
-        "MatMulInteger16",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "QAttention",
-        "QGemm",
-        "QMoE",
-    }
-)
+# Others that may hold a weight, and the inputs where it is. They are only reported.
+_RELATIVES: Mapping[tuple[str, str], tuple[int, ...]] = {
+    (MICROSOFT, "GemmFastGelu"): (1,),
+    (MICROSOFT, "GemmFloat8"): (1,),
+    (MICROSOFT, "MatMulBnb4"): (1,),
+    (MICROSOFT, "MatMulFpQ4"): (1,),
+    (MICROSOFT, "MatMulInteger16"): (1,),
+    (MICROSOFT, "MoE"): (2,),
+    (MICROSOFT, "QAttention"): (1,),
+    (MICROSOFT, "QMoE"): (2,),
+}
+
+_QUANTIZED_RELATIVES = frozenset({"GemmFloat8", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger16", "QAttention", "QMoE"})
+
+_BODY_INITIALIZERS_SINCE_IR = 4
 
 
 class LinearLayerFinder:
     """Finds every MatMul, Gemm and relative of a model, and says of each whether it is a linear layer or why not.
 
-    Rules for MatMul(X, W) and Gemm(X, W, C) in the main graph:
+    Rules for the operators that ``products``, ``quantized_products`` and ``packed_attention`` read:
 
-    1. W is a constant of two dimensions and not empty; Identity, Transpose and Cast of it are folded. A W that is also
-       a graph input, is quantized, or is computed from constants in another way is refused.
+    1. W is a constant of two dimensions and not empty; Identity, Transpose, Cast and DequantizeLinear of it are folded.
+       A W that is also a graph input, or is computed from constants in another way, is refused.
     2. X is not a constant, and X and W are float32 where they are multiplied. float16 and bfloat16 weights behind a
        Cast to float32 are taken; float16 activations are refused.
-    3. Gemm: transB is folded, alpha becomes a factor of the weight and beta one of C; transA is refused, and so is a C
-       that is not a constant scalar or a constant vector of N elements.
-    4. A MatMul, or a Gemm without C, takes an Add of a constant vector of N elements, or of one element, as its bias:
-       where the Add is the only user of the product, adds no dimensions, and the product is no graph output.
+    3. Factors of the product become factors of the weight. A transposed X is refused, and so is a bias of the
+       operator's own that is not a constant of one element or of N elements.
+    4. A product without a bias takes an Add of a constant vector of N elements, or of one element, as its bias: where
+       the Add is the only user of the product, adds no dimensions, and the product is no graph output.
     5. The activation function that alone uses the result is taken too (see ``activations.find_activation``).
-    6. In the body of an If, Loop or Scan the same rules hold, but only for a weight that belongs to that body:
-       ONNX Runtime does not treat an outer weight as constant there. In a model-local function every node is refused.
+    6. In the body of an If, Loop or Scan the same rules hold, for weights of the body and for those of the graphs
+       around it. In a model-local function every node is refused; ``inline_functions`` comes before.
 
     Other operators that hold a weight are reported as left alone; those that hold none are not reported.
     """
@@ -180,12 +165,13 @@ class LinearLayerFinder:
     def _examine(self, node: ir.Node) -> Found | None:
         if node.domain == DOMAIN and node.op_type == SPARSE_AMX_MATMUL.name:
             return Found(self._describe_converted(node))
-        if _is_product(node):
+        reader = _READERS.get((node.domain, node.op_type))
+        if reader is not None:
             try:
-                found = self._examine_product(node)
+                product = reader(node, self._folder)
             except TypeError as error:  # an attribute of another type than the operator's
-                found = NotConstant(Reason.MALFORMED_NODE, f"{error}.")
-            return Found(_left_alone(node, found.reason, found.detail)) if isinstance(found, NotConstant) else found
+                product = Refusal(Reason.MALFORMED_NODE, f"{error}.")
+            return None if product is None else self._judge(node, product)
         inputs = _RELATIVES.get((node.domain, node.op_type))
         if inputs is None:
             return None
@@ -222,108 +208,95 @@ class LinearLayerFinder:
             plan.group_size = info.group_size or None
         return plan
 
-    def _examine_product(self, node: ir.Node) -> Found | NotConstant:
-        is_gemm = node.op_type == "Gemm"
-        x, w = (node.inputs[index] if index < len(node.inputs) else None for index in (0, 1))
-        if x is None or w is None or len(node.outputs) != 1:
-            return NotConstant(Reason.MALFORMED_NODE, "An input or the output is missing.")
-        weight = self._folder.fold(w)
-        left = self._folder.fold(x)
-        if isinstance(weight, NotConstant):
-            if isinstance(left, FoldedConstant) and weight.reason is Reason.TWO_ACTIVATIONS:
-                return NotConstant(Reason.WEIGHT_ON_LEFT, f"It is '{left.name}'.")
-            return weight
+    def _judge(self, node: ir.Node, product: Product | Refusal) -> Found:
+        """What becomes of a product that was read, or of what was read of it."""
+        weight = product.weight
+        if weight is None:
+            assert isinstance(product, Refusal)
+            return Found(_left_alone(node, product.reason, product.detail))
         plan = _left_alone(node, Reason.CONVERTED)
         plan.weight = weight.name
         plan.bytes_before = weight.tensor.nbytes
-        refusal = self._weight_refusal(node, x, weight, left)
+        if len(weight.shape) == 2:
+            plan.k, plan.n = weight.shape
+        before = None if isinstance(product, Refusal) else product.before
+        x = node.inputs[0] if isinstance(product, Refusal) else product.x
+        assert x is not None
+        refusal = self._refusal(node, x if before is None else None, weight)
+        if isinstance(product, Refusal) and (product.reason is Reason.CONSTANT_EXPRESSION or refusal is None):
+            refusal = NotConstant(product.reason, product.detail)
         if refusal is not None:
             plan.reason, plan.detail = refusal.reason, refusal.detail
             return Found(plan)
-        scale = 1.0
-        bias: Bias | None = None
-        if is_gemm:
-            if _int_attribute(node, "transB", 0):
-                weight = weight.transposed()
-            scale = _float_attribute(node, "alpha", 1.0)
-            plan.k, plan.n = weight.shape
-            c = node.inputs[2] if len(node.inputs) > 2 else None
-            beta = _float_attribute(node, "beta", 1.0)
-            if c is not None and beta != 0.0:
-                constant = self._vector(c, plan.n, rank=2)
-                if constant is None:
-                    plan.reason = Reason.UNSUPPORTED_BIAS
-                    return Found(plan)
-                bias = Bias(constant, beta)
-            if _int_attribute(node, "transA", 0):
-                plan.reason, plan.detail = Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1."
-                return Found(plan)
-        plan.k, plan.n = weight.shape
+        assert not isinstance(product, Refusal)
         if x.shape is not None and len(x.shape) > 0 and isinstance(x.shape[-1], int) and x.shape[-1] != plan.k:
             plan.reason = Reason.MALFORMED_NODE
             plan.detail = f"The activations end in {x.shape[-1]}, the weight has {plan.k} rows."
             return Found(plan)
-        layer = self._absorb(node, x, weight, scale, bias)
+        layer = self._absorb(product)
         plan.action = Action.CONVERTED
         plan.bias = layer.bias is not None
         plan.epilogue = layer.epilogue.value
         plan.absorbed = tuple(other.name or "" for other in layer.nodes[1:])
         return Found(plan, layer)
 
-    def _weight_refusal(
-        self, node: ir.Node, x: ir.Value, weight: FoldedConstant, left: FoldedConstant | NotConstant
-    ) -> NotConstant | None:
-        """Why a constant weight cannot be packed, or None."""
-        if isinstance(left, FoldedConstant):
-            return NotConstant(Reason.CONSTANT_EXPRESSION)
-        if weight.root.graph is not node.graph:
+    def _refusal(self, node: ir.Node, x: ir.Value | None, weight: FoldedConstant) -> NotConstant | None:
+        """Why a constant weight cannot be packed, or None. x is None where it has no floats to look at."""
+        is_old = (self._model.ir_version or _BODY_INITIALIZERS_SINCE_IR) < _BODY_INITIALIZERS_SINCE_IR
+        if is_old and node.graph is not self._model.graph:
             return NotConstant(Reason.IN_SUBGRAPH)
         if len(weight.shape) != 2:
             return NotConstant(Reason.WEIGHT_NOT_2D, f"Its shape is {list(weight.shape)}.")
         if math.prod(weight.shape) == 0:
             return NotConstant(Reason.EMPTY_WEIGHT, f"Its shape is {list(weight.shape)}.")
-        dtype = weight.dtype if weight.dtype != ir.DataType.FLOAT else x.dtype
+        if weight.dtype in CODE_BITS:  # a refused quantized product
+            return None
+        dtype = weight.dtype if weight.dtype != ir.DataType.FLOAT or x is None else x.dtype
         if dtype not in (None, ir.DataType.FLOAT):
             return NotConstant(Reason.UNSUPPORTED_DTYPE, f"They are {dtype.name}.")
         return None
 
-    def _vector(self, value: ir.Value, n: int, rank: int | None) -> FoldedConstant | None:
-        """The constant, if it adds one number per output and no dimensions to a result of so many dimensions."""
-        constant = self._folder.fold(value)
-        if isinstance(constant, NotConstant) or constant.dtype != ir.DataType.FLOAT:
-            return None
-        if len(constant.shape) > (1 if rank is None else rank):
-            return None
-        if constant.shape and (constant.shape[-1] not in (1, n) or math.prod(constant.shape[:-1]) != 1):
-            return None
-        return constant
-
-    def _absorb(
-        self, node: ir.Node, x: ir.Value, weight: FoldedConstant, scale: float, bias: Bias | None
-    ) -> LinearLayer:
-        nodes = [node]
-        output = node.outputs[0]
-        if bias is None:
+    def _absorb(self, product: Product) -> LinearLayer:
+        nodes, output, bias = list(product.nodes), product.output, product.bias
+        if product.takes_add and product.after is None:
             add = _only_user(output)
             if add is not None and add.op_type == "Add" and add.domain == "" and len(add.inputs) == 2:
                 other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
-                rank = 2 if node.op_type == "Gemm" else None if x.shape is None else len(x.shape)
-                constant = None if other is None else self._vector(other, weight.shape[1], rank)
+                x_rank = None if product.x.shape is None else len(product.x.shape)
+                rank = x_rank if product.rank is None else product.rank
+                constant = constant_vector(other, product.weight.shape[1], self._folder, rank)
                 if constant is not None:
                     bias = Bias(constant)
                     nodes.append(add)
                     output = add.outputs[0]
         epilogue = Epilogue.NONE
-        activation = find_activation(output, self._folder)
+        activation = find_activation(output, self._folder) if product.after is None else None
         if activation is not None:
             epilogue = activation.epilogue
             nodes.extend(activation.nodes)
             output = activation.output
-        return LinearLayer(node, tuple(nodes), x, weight, scale, bias, epilogue, output)
+        return LinearLayer(
+            node=product.nodes[0],
+            nodes=tuple(nodes),
+            x=product.x,
+            weight=product.weight,
+            scale=product.scale,
+            bias=bias,
+            epilogue=epilogue,
+            output=output,
+            before=product.before,
+            after=product.after,
+            static=product.before is not None or has_static_scale(product.x),
+        )
 
 
 def _is_product(node: ir.Node) -> bool:
-    return node.domain == "" and node.op_type in ("MatMul", "Gemm")
+    return (node.domain, node.op_type) in _READERS
+
+
+def holds_products(function: ir.Function) -> bool:
+    """Whether a function multiplies matrices."""
+    return any(_is_product(node) for node in ir.traversal.RecursiveGraphIterator(function))
 
 
 def _left_alone(node: ir.Node, reason: Reason, detail: str = "") -> NodePlan:
@@ -338,16 +311,6 @@ def _only_user(value: ir.Value) -> ir.Node | None:
         return None
     (use,) = uses
     return use.node if use.node.graph is value.graph else None
-
-
-def _int_attribute(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()
-
-
-def _float_attribute(node: ir.Node, name: str, default: float) -> float:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_float()
 
 
 def scope_of(node: ir.Node) -> str | None:

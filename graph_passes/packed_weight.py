@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.fold_constants import FoldedConstant
+from sparamx_onnx.graph_passes.kept_codes import KeptCodes
 from sparamx_onnx.ops import packing
 from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import PackedInfo, PackOptions
@@ -35,6 +36,7 @@ class PackedWeight(ir.LazyTensor):
         *,
         scale: float = 1.0,
         prune: Pruner | None = None,
+        codes: KeptCodes | None = None,
     ) -> None:
         """Describes the packed weight; reads nothing.
 
@@ -44,12 +46,14 @@ class PackedWeight(ir.LazyTensor):
             options: How to pack it.
             scale: A factor of the weight.
             prune: Sets weights to zero: takes [K, N] float32, float16 or bfloat16 and returns the same shape and dtype.
+            codes: The codes and scales to keep of a quantized weight; None to pack its values as any other's.
         """
         super().__init__(self._as_tensor, ir.DataType.UINT8, ir.Shape([None]), name=name)
         self.weight = weight
         self.options = options
         self._scale = scale
         self._prune = prune
+        self._codes = codes
         self._size: int | None = None
         self._observers: list[Callable[[PackedInfo], None]] = []
 
@@ -57,7 +61,7 @@ class PackedWeight(ir.LazyTensor):
     def shape(self) -> ir.Shape:  # type: ignore[override]  # read-only, as in every tensor of onnx_ir
         """[bytes]."""
         if self._size is None:
-            self._size = packing.packed_size(self.dense(), self.options)
+            self._size = packing.packed_size(self.dense(), self.options, self._scales())
         return ir.Shape([self._size])
 
     @property
@@ -71,7 +75,7 @@ class PackedWeight(ir.LazyTensor):
 
     def source(self) -> npt.NDArray[np.generic]:
         """The weight [K, N] before pruning; a view of the input model where that is possible."""
-        array = self.weight.numpy()
+        array = self.weight.numpy() if self._codes is None else self._codes.values()
         return array if self._scale == 1.0 else _scaled(array, self._scale)
 
     def dense(self) -> npt.NDArray[np.generic]:
@@ -87,7 +91,7 @@ class PackedWeight(ir.LazyTensor):
         """
         dense = self.dense()
         try:
-            blob = packing.pack(dense, self.options)
+            blob = packing.pack(dense, self.options, self._scales())
         except SparamxError as error:
             raise SparamxError(
                 f"The weight '{self.weight.name}' cannot be packed as {self.options.weight_type.value}: {error}"
@@ -98,6 +102,9 @@ class PackedWeight(ir.LazyTensor):
         for observer in self._observers:
             observer(info)
         return blob
+
+    def _scales(self) -> npt.NDArray[np.float32] | None:
+        return None if self._codes is None else self._codes.scales() * np.float32(self._scale)
 
     def _as_tensor(self) -> ir.TensorProtocol:
         return ir.Tensor(self.pack(), name=self.name)

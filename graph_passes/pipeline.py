@@ -6,13 +6,16 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
 import onnx_ir as ir
 
-from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayerFinder
+from sparamx_onnx.graph_passes.fold_constants import NotConstant
+from sparamx_onnx.graph_passes.inline_functions import inline_functions
+from sparamx_onnx.graph_passes.kept_codes import KeptCodes, kept_codes
+from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayer, LinearLayerFinder
 from sparamx_onnx.graph_passes.packed_weight import PackedWeight
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_because, zeros_wanted
@@ -39,6 +42,9 @@ VERSION_KEY: Final = "sparamx.version"
 
 OPTIONS_KEY: Final = "sparamx.options"
 """Key of the model's metadata under which the options of the conversion stand, as JSON."""
+
+KEPT_KEY: Final = "kept"
+"""Key of the options there, if quantized weights have kept their codes: the types of these."""
 
 DEFAULT_SPARSITY: Final = 0.5
 
@@ -67,7 +73,8 @@ class ConvertOptions:
         sparsity: The share of zeros that pruning aims at, at least 0 and below 1; None takes 0.5. Only for methods that
             prune.
         weights: The type of the packed weights: fp32, bf16, int8 or int4. The latter two quantize the weights when they
-            are packed (after pruning, so zeros stay zeros), and the activations when the model runs.
+            are packed (after pruning, so zeros stay zeros), and the activations when the model runs. None takes bf16,
+            but leaves weights that are quantized already in int8 or int4.
         group_size: int4 only: weights along K that share a scale, one of 16, 32, 64, 128 and 256; None takes 32.
             Smaller groups are more accurate and larger.
         scale_type: int4 only: fp16, which None takes, or fp32.
@@ -80,7 +87,7 @@ class ConvertOptions:
 
     method: Method = Method.AUTO
     sparsity: float | None = None
-    weights: WeightType = WeightType.BF16
+    weights: WeightType | None = None
     group_size: int | None = None
     scale_type: ScaleType | None = None
     include: tuple[str, ...] = ()
@@ -136,14 +143,19 @@ class ConvertOptions:
             return
         for value, what in ((self.group_size, "group size"), (self.scale_type, "scale type")):
             if value is not None:
-                raise SparamxError(f"Only int4 weights take a {what}, not {self.weights.value} weights.")
+                raise SparamxError(f"Only int4 weights take a {what}, not {self.weight_type.value} weights.")
+
+    @property
+    def weight_type(self) -> WeightType:
+        """The type of the packed weights, but for those that are quantized already."""
+        return WeightType.BF16 if self.weights is None else self.weights
 
     @property
     def pack_options(self) -> PackOptions:
-        """How every weight is packed."""
+        """How every weight is packed, but for those that are quantized already."""
         scales = ScaleType.NONE if self.scale_type is None else self.scale_type
         return PackOptions(
-            weight_type=self.weights, scale_type=scales, group_size=self.group_size or 0, threads=self.threads
+            weight_type=self.weight_type, scale_type=scales, group_size=self.group_size or 0, threads=self.threads
         )
 
     @property
@@ -161,7 +173,7 @@ class ConvertOptions:
         return {
             "method": self.method.value,
             "sparsity": self.target_sparsity,
-            "weights": self.weights.value,
+            "weights": self.weight_type.value,
             "group_size": self.group_size,
             "scale_type": None if self.scale_type is None else self.scale_type.value,
             "include": list(self.include),
@@ -188,6 +200,7 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
         SparamxError: A weight cannot be read, or a node reads a value that nothing defines.
     """
     _check_values_are_defined(model)
+    inline_functions(model)
     found = list(LinearLayerFinder(model).find())
     plan = Plan([node.plan for node in found], options.to_json())
     chosen = list(_choose(found, options))
@@ -198,7 +211,11 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
     RewriteMatMulPass(chosen)(model)
     if chosen:
         model.metadata_props[VERSION_KEY] = library.version()
-        model.metadata_props[OPTIONS_KEY] = json.dumps(options.to_json(), sort_keys=True)
+        record = options.to_json()
+        kept = {chosen.options.weight_type.value for chosen in chosen if chosen.codes is not None}
+        if kept:
+            record[KEPT_KEY] = sorted(kept)
+        model.metadata_props[OPTIONS_KEY] = json.dumps(record, sort_keys=True)
     return plan
 
 
@@ -231,16 +248,39 @@ def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]
         elif include and included is None:
             _leave_alone(plan, Reason.NOT_INCLUDED_BY_USER)
         else:
-            plan.weight_type, plan.group_size = options.weights.value, options.group_size
-            chosen = Chosen(layer, plan, pack_options)
+            codes = _codes_to_keep(layer, options)
+            if isinstance(codes, NotConstant):
+                _leave_alone(plan, codes.reason, codes.detail)
+                continue
+            packed_as = pack_options if codes is None else replace(codes.options, threads=options.threads)
+            plan.weight_type, plan.group_size = packed_as.weight_type.value, packed_as.group_size or None
+            plan.keeps_codes = codes is not None
+            chosen = Chosen(layer, plan, packed_as, codes=codes)
             if sparsity is not None:
                 # A pattern that includes a layer names it.
                 plan.prune_note = "" if included is not None else spared_because(layer)
                 plan.pruned = not plan.prune_note
             if plan.pruned and sparsity is not None:
                 prune = functools.partial(prune_magnitude, sparsity=sparsity)
-                chosen = Chosen(layer, plan, pack_options, prune, (options.method, sparsity))
+                chosen = replace(chosen, prune=prune, prune_key=(options.method, sparsity))
             yield chosen
+
+
+def _codes_to_keep(layer: LinearLayer, options: ConvertOptions) -> KeptCodes | NotConstant | None:
+    """The codes that a layer's weight has and keeps, None where its values are packed, or why it is left alone.
+
+    A quantized weight keeps its codes unless another type of weights is asked for. Where they cannot be kept, it is
+    converted only if a type is asked for.
+    """
+    type_is_open = options.weights is None
+    if layer.static and (type_is_open or options.weights in _QUANTIZED):
+        return NotConstant(Reason.STATIC_ACTIVATIONS)
+    if not layer.weight.is_quantized or not (type_is_open or options.weights in _QUANTIZED):
+        return None
+    codes = kept_codes(layer.weight, layer.scale)
+    if isinstance(codes, KeptCodes):
+        return codes if type_is_open or codes.options.weight_type is options.weights else None
+    return codes if type_is_open else None
 
 
 def _first_match(patterns: Iterable[re.Pattern[str]], plan: NodePlan) -> str | None:
@@ -253,6 +293,7 @@ def _leave_alone(plan: NodePlan, reason: Reason, detail: str = "") -> None:
     plan.action, plan.reason, plan.detail = Action.LEFT_ALONE, reason, detail
     plan.bias, plan.epilogue, plan.absorbed = False, "none", ()
     plan.weight_type, plan.group_size, plan.pruned, plan.prune_note = None, None, False, ""
+    plan.keeps_codes = False
 
 
 def _measure(chosen: list[Chosen], options: ConvertOptions, progress: Progress | None) -> None:
@@ -280,12 +321,13 @@ def _bytes_to_read(chosen: Chosen) -> int:
 
 def _size(chosen: Chosen, options: ConvertOptions) -> tuple[int, int, Form]:
     """Non-zeros, bytes and form of a packed weight."""
-    if options.weights in _QUANTIZED:
+    weight_type = chosen.options.weight_type
+    if weight_type in _QUANTIZED:
         # Which weights round to zero depends on the scales, so on all others: there is nothing cheaper than packing.
         info = describe(chosen.packed_weight(chosen.layer.weight.name).pack())
         return info.nnz, info.blob_bytes, info.form
     nnz = _count_nonzero(chosen, options)
-    return nnz, *expected_size(chosen.layer.k, chosen.layer.n, nnz, options.weights)
+    return nnz, *expected_size(chosen.layer.k, chosen.layer.n, nnz, weight_type)
 
 
 def _count_nonzero(chosen: Chosen, options: ConvertOptions) -> int:
@@ -294,7 +336,8 @@ def _count_nonzero(chosen: Chosen, options: ConvertOptions) -> int:
     if chosen.prune is not None:
         size = layer.k * layer.n
         return size - zeros_wanted(size, options.target_sparsity or 0.0)
-    return count_nonzero(PackedWeight("", layer.weight, chosen.options, scale=layer.scale).source(), options.weights)
+    source = PackedWeight("", layer.weight, chosen.options, scale=layer.scale).source()
+    return count_nonzero(source, chosen.options.weight_type)
 
 
 def _is_faster(plan: NodePlan) -> bool:

@@ -31,6 +31,7 @@ class Reason(StrEnum):
     CONSTANT_EXPRESSION = "constant_expression"
     MALFORMED_NODE = "malformed_node"
     QUANTIZED_WEIGHT = "quantized_weight"
+    STATIC_ACTIVATIONS = "static_activations"
     UNSUPPORTED_OPERATOR = "unsupported_operator"
     UNSUPPORTED_DTYPE = "unsupported_dtype"
     UNSUPPORTED_ATTRIBUTES = "unsupported_attributes"
@@ -62,15 +63,17 @@ _TEXTS: Mapping[Reason, str] = {
     Reason.CONSTANT_EXPRESSION: "Both inputs are constants; ONNX Runtime computes the product once, when it loads.",
     Reason.MALFORMED_NODE: "The node is not valid ONNX: its inputs, shapes or attributes do not fit; "
     "export the model again.",
-    Reason.QUANTIZED_WEIGHT: "The weight is quantized; this version packs floating-point weights only, "
-    "so convert the model from before its quantization.",
+    Reason.QUANTIZED_WEIGHT: "The weight is quantized in a way that packed int8 and int4 weights cannot hold exactly; "
+    "convert the model from before its quantization, or choose --weights yourself.",
+    Reason.STATIC_ACTIVATIONS: "The activations are quantized with a scale that was chosen beforehand, which int8 and "
+    "int4 weights, whose activations are quantized anew, would not keep; --weights fp32 or bf16 does.",
     Reason.UNSUPPORTED_OPERATOR: "This version does not convert this operator.",
     Reason.UNSUPPORTED_DTYPE: "The activations are not float32; export the model in float32.",
     Reason.UNSUPPORTED_ATTRIBUTES: "The node has attributes that the sparse operator cannot express.",
     Reason.UNSUPPORTED_BIAS: "The third input is not a constant vector with one element per output.",
-    Reason.IN_SUBGRAPH: "The node is in the body of an If, Loop or Scan and its weight is outside; "
-    "ONNX Runtime does not treat such a weight as constant.",
-    Reason.IN_FUNCTION: "The node is in a model-local function; inline the functions before converting.",
+    Reason.IN_SUBGRAPH: "The node is in the body of an If, Loop or Scan, which in IR versions below 4 cannot hold a "
+    "packed weight; convert the model to a newer IR version before.",
+    Reason.IN_FUNCTION: "The node is in a model-local function that cannot be inlined; export the model without it.",
     Reason.EXCLUDED_BY_USER: "An exclude pattern matches it.",
     Reason.NOT_INCLUDED_BY_USER: "No include pattern matches it.",
     Reason.NOT_FASTER: "Packed it would hardly be smaller than the dense weight, so hardly faster; prune it first.",
@@ -104,6 +107,8 @@ class NodePlan:
         pruned: Whether the chosen method prunes this weight.
         prune_note: Why a weight is not pruned although the method prunes; empty otherwise.
         keeps_dense: Whether the dense weight stays in the model, because something else uses it.
+        keeps_codes: Whether the weight was quantized already and keeps its codes and scales.
+        shared: Name of the first packed initializer with the same bytes in the file.
     """
 
     node: str
@@ -128,6 +133,8 @@ class NodePlan:
     pruned: bool = False
     prune_note: str = ""
     keeps_dense: bool = False
+    keeps_codes: bool = False
+    shared: str | None = None
 
     @property
     def sparsity(self) -> float | None:
@@ -167,6 +174,7 @@ class NodePlan:
             "pruned": self.pruned,
             "prune_note": self.prune_note,
             "keeps_dense": self.keeps_dense,
+            "keeps_codes": self.keeps_codes,
         }
 
 
@@ -207,7 +215,7 @@ class Plan:
     @property
     def bytes_after(self) -> int | None:
         """Size of the packed weights, a shared one counted once; None while one is unknown."""
-        sizes = {node.packed: node.bytes_after for node in self.converted}
+        sizes = {node.shared or node.packed: node.bytes_after for node in self.converted}
         known = [size for size in sizes.values() if size is not None]
         return sum(known) if len(known) == len(sizes) else None
 

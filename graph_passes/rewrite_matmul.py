@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from sparamx_onnx.graph_passes.linear_layers import Bias, LinearLayer
+from sparamx_onnx.graph_passes.kept_codes import KeptCodes
+from sparamx_onnx.graph_passes.linear_layers import LinearLayer
 from sparamx_onnx.graph_passes.packed_weight import PackedWeight, Pruner
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Reason
+from sparamx_onnx.graph_passes.products import Bias, NewNodes
 from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_MATMUL, Epilogue
 from sparamx_onnx.ops.packing import Form, PackedInfo, PackOptions
 
 _SUFFIX = ".sparamx"
 
-# The operators between a constant and its use that nobody needs once the use is gone.
-_CONSTANT_OPERATORS = frozenset({"Constant", "Identity", "Transpose", "Cast"})
+# The operators between a constant, or the scale of activations, and its use that nobody needs once the use is gone.
+_REMOVABLE = frozenset(
+    {"Constant", "Identity", "Transpose", "Cast", "DequantizeLinear", "DynamicQuantizeLinear", "Mul"}
+)
 
 _EXTERNAL_INITIALIZERS_SINCE_IR = 4
 
@@ -32,6 +36,7 @@ class Chosen:
         prune: Prunes the weight, or None.
         prune_key: What distinguishes the pruning from others; layers that share a weight share the packed one only if
             this is equal.
+        codes: The codes and scales to keep of a weight that is quantized already; None to pack its values.
     """
 
     layer: LinearLayer
@@ -39,16 +44,18 @@ class Chosen:
     options: PackOptions
     prune: Pruner | None = None
     prune_key: Hashable = None
+    codes: KeptCodes | None = None
 
     @property
     def weight_key(self) -> Hashable:
         """Equal for layers that can share a packed weight."""
         weight = self.layer.weight
-        return (id(weight.root.graph), id(weight.root), weight.steps, self.layer.scale, self.options, self.prune_key)
+        return (id(weight.root), weight.steps, self.layer.scale, self.options, self.prune_key, self.codes is None)
 
     def packed_weight(self, name: str) -> PackedWeight:
         """The packed weight of the layer."""
-        return PackedWeight(name, self.layer.weight, self.options, scale=self.layer.scale, prune=self.prune)
+        layer = self.layer
+        return PackedWeight(name, layer.weight, self.options, scale=layer.scale, prune=self.prune, codes=self.codes)
 
 
 class RewriteMatMulPass(ir.passes.InPlacePass):
@@ -59,12 +66,16 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
     1. One SparseAMXMatMul takes the place of all nodes of a layer, where the last of them stood. It has the name, the
        documentation and the metadata of the MatMul or Gemm, and its output keeps the name, type and shape of the
        layer's result.
-    2. The packed weight becomes an initializer of the same graph, named after the weight. Layers that multiply by the
-       same weight in the same way share it.
+    2. The packed weight becomes an initializer of the graph that the node is in, named after the weight. Layers that
+       multiply by the same weight in the same way share it. In the body of an If, Loop or Scan it is an initializer of
+       that body, even if the dense weight was outside: ONNX Runtime up to 1.28 does not treat an outer one as constant.
+       Bodies that use the same weight have one initializer each, with the same bytes in the file.
     3. A bias that is a float32 vector with one element per output is used as it is; any other becomes a new
        initializer.
-    4. The dense weight, and the nodes between it and its use, are removed when nobody else uses them.
-    5. The operators' domain is imported when a layer has been replaced; nothing else of the model is touched.
+    4. What has to be computed before or after the product (the dequantization of activations, the attention behind a
+       packed projection) becomes nodes around it.
+    5. The dense weight, and the nodes between it and its use, are removed when nobody else uses them.
+    6. The operators' domain is imported when a layer has been replaced; nothing else of the model is touched.
     """
 
     def __init__(self, chosen: Sequence[Chosen]) -> None:
@@ -74,17 +85,23 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the model in place."""
         names = _Names(model)
-        packed: dict[Hashable, ir.Value] = {}
+        packed: dict[Hashable, PackedWeight] = {}
+        holders: dict[tuple[Hashable, int], ir.Value] = {}
+        replaced: dict[ir.Value, ir.Value] = {}
         candidates: list[ir.Value] = []
         for chosen in self._chosen:
-            value = packed.get(chosen.weight_key)
-            if value is None:
-                value = self._add_packed_weight(model, chosen, names)
-                packed[chosen.weight_key] = value
-            assert isinstance(value.const_value, PackedWeight)
-            value.const_value.when_packed(_record_in(chosen.plan))
-            chosen.plan.packed = value.name
-            candidates.extend(_replace(model, chosen.layer, value, names))
+            weight = packed.get(chosen.weight_key)
+            place = (chosen.weight_key, id(chosen.layer.node.graph))
+            if place not in holders:
+                name = names.unused(f"{chosen.layer.weight.name}{_SUFFIX}")
+                weight = weight or chosen.packed_weight(name)
+                packed[chosen.weight_key] = weight
+                holders[place] = _add_packed_weight(model, chosen.layer.node.graph, name, weight)
+            assert weight is not None
+            weight.when_packed(_record_in(chosen.plan))
+            chosen.plan.packed = holders[place].name
+            chosen.plan.shared = weight.name
+            candidates.extend(_replace(model, chosen.layer, holders[place], names, replaced))
         _remove_unused(candidates, model)
         for chosen in self._chosen:
             chosen.plan.keeps_dense = chosen.layer.weight.root.graph is not None
@@ -92,13 +109,12 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
             model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
         return ir.passes.PassResult(model, modified=bool(self._chosen))
 
-    def _add_packed_weight(self, model: ir.Model, chosen: Chosen, names: _Names) -> ir.Value:
-        graph = chosen.layer.node.graph
-        assert isinstance(graph, ir.Graph)
-        name = names.unused(f"{chosen.layer.weight.name}{_SUFFIX}")
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), const_value=chosen.packed_weight(name))
-        _register(model, graph, value)
-        return value
+
+def _add_packed_weight(model: ir.Model, graph: object, name: str, weight: PackedWeight) -> ir.Value:
+    assert isinstance(graph, ir.Graph)
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), const_value=weight)
+    _register(model, graph, value)
+    return value
 
 
 def _record_in(plan: NodePlan) -> Callable[[PackedInfo], None]:
@@ -152,37 +168,54 @@ def _bias_value(model: ir.Model, layer: LinearLayer, bias: Bias, names: _Names) 
     return value
 
 
-def _replace(model: ir.Model, layer: LinearLayer, packed: ir.Value, names: _Names) -> list[ir.Value]:
-    """Puts one node in the place of a layer's nodes; returns the inputs that may have become unused."""
+def _replace(
+    model: ir.Model, layer: LinearLayer, packed: ir.Value, names: _Names, replaced: dict[ir.Value, ir.Value]
+) -> list[ir.Value]:
+    """Puts new nodes in the place of a layer's nodes; returns the inputs that may have become unused.
+
+    ``replaced`` tells what stands now for values that were there when the layers were found; it is added to.
+    """
     graph = layer.node.graph
     assert isinstance(graph, ir.Graph)
-    inputs = [layer.x, packed]
+    before = _around(layer.before, replaced.get(layer.x, layer.x), layer, names)
+    inputs = [before[-1].outputs[0] if before else replaced.get(layer.x, layer.x), packed]
     if layer.bias is not None:
         inputs.append(_bias_value(model, layer, layer.bias, names))
     attributes = [ir.AttrInt64("K", layer.k), ir.AttrInt64("N", layer.n)]
     if layer.epilogue is not Epilogue.NONE:
         attributes.append(ir.AttrString("epilogue", layer.epilogue.value))
-    old = layer.output
-    output = ir.Value(
-        name=old.name,
-        type=old.type if old.type is not None else ir.TensorType(ir.DataType.FLOAT),
-        shape=old.shape,
-        doc_string=old.doc_string,
-        metadata_props=dict(old.metadata_props),
-    )
     node = ir.Node(
         DOMAIN,
         SPARSE_AMX_MATMUL.name,
         inputs,
         attributes,
-        outputs=[output],
         name=layer.node.name,
         doc_string=layer.node.doc_string,
         metadata_props=dict(layer.node.metadata_props),
     )
+    product = node.outputs[0]
+    product.type = ir.TensorType(ir.DataType.FLOAT)
+    after = _around(layer.after, product, layer, names)
+    if after:
+        product.name = names.unused(f"{layer.node.name}{_SUFFIX}")
+    old = layer.output
+    output = after[-1].outputs[0] if after else product
+    output.doc_string = old.doc_string
+    output.metadata_props.update(old.metadata_props)
+    replaced[old] = output
     freed = [value for old_node in layer.nodes for value in old_node.inputs if value is not None]
-    ir.convenience.replace_nodes_and_values(graph, layer.last, layer.nodes, [node], [old], [output])
+    ir.convenience.replace_nodes_and_values(graph, layer.last, layer.nodes, [*before, node, *after], [old], [output])
     return freed
+
+
+def _around(make: NewNodes | None, value: ir.Value, layer: LinearLayer, names: _Names) -> Sequence[ir.Node]:
+    """The nodes before or after a product, with names of their own."""
+    nodes = [] if make is None else make(value)
+    for node in nodes:
+        node.name = f"{layer.node.name}/{node.op_type}"
+        for output in node.outputs:
+            output.name = names.unused(f"{node.name}{_SUFFIX}")
+    return nodes
 
 
 def _remove_unused(values: Iterable[ir.Value], model: ir.Model) -> None:
@@ -200,6 +233,11 @@ def _remove_unused(values: Iterable[ir.Value], model: ir.Model) -> None:
                 graph.inputs.remove(value)
             assert value.name is not None
             graph.initializers.pop(value.name)
-        elif node is not None and node.graph is not None and node.domain == "" and node.op_type in _CONSTANT_OPERATORS:
+        elif node is not None and node.graph is not None and _can_be_removed(node):
             stack.extend(source for source in node.inputs if source is not None)
             node.graph.remove(node, safe=True)
+
+
+def _can_be_removed(node: ir.Node) -> bool:
+    known = node.op_type in _REMOVABLE and node.domain in ("", "com.microsoft")
+    return known and not any(output.uses() or output.is_graph_output() for output in node.outputs)

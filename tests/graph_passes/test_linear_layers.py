@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -224,7 +222,10 @@ def test_initializers_listed_as_inputs(workbench, make_model, sparse, open_sessi
 def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
     w = sparse((K, N))
     x = {"x": (2, K)}
-    quantized = {"q": np.ones((K, N), np.int8), "s": np.array(0.1, np.float32), "z": np.array(0, np.int8)}
+
+    def fused(**attributes: int) -> onnx.NodeProto:
+        return node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", **attributes)
+
     return {
         Reason.TWO_ACTIVATIONS: [
             make_model([node("MatMul", ["x", "z"], ["y"])], {"x": (2, K), "z": (K, N)}, ["y"], {}),
@@ -277,6 +278,7 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
         Reason.WEIGHT_NOT_2D: [
             make_model([node("MatMul", ["x", "v"], ["y"])], x, ["y"], {"v": _x(K)}),
             make_model([node("MatMul", ["x", "e"], ["y"])], x, ["y"], {"e": sparse((3, K, N))}),
+            make_model([node("Einsum", ["x", "e"], ["y"], equation="mk,khn->mhn")], x, ["y"], {"e": sparse((K, 2, N))}),
         ],
         Reason.EMPTY_WEIGHT: [
             make_model([node("MatMul", ["x", "w"], ["y"])], x, ["y"], {"w": np.zeros((K, 0), np.float32)}),
@@ -292,10 +294,20 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
         ],
         Reason.QUANTIZED_WEIGHT: [
             make_model(
-                [node("DequantizeLinear", ["q", "s", "z"], ["t"]), node("MatMul", ["x", "t"], ["y"])],
+                [
+                    node("Cast", ["x"], ["i"], to=TensorProto.UINT8),
+                    node("MatMulInteger", ["i", "q"], ["m"]),
+                    node("Cast", ["m"], ["y"], to=TensorProto.FLOAT),
+                ],
                 x,
                 ["y"],
-                quantized,
+                {"q": np.ones((K, N), np.int8)},
+            ),
+            make_model(
+                [node("DequantizeLinear", ["q", "s"], ["t"]), node("MatMul", ["x", "t"], ["y"])],
+                {**x, "s": ()},
+                ["y"],
+                {"q": np.ones((K, N), np.int8)},
             ),
         ],
         Reason.UNSUPPORTED_DTYPE: [
@@ -316,6 +328,8 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
         ],
         Reason.UNSUPPORTED_ATTRIBUTES: [
             make_model([node("Gemm", ["x", "w"], ["y"], transA=1)], {"x": (K, 2)}, ["y"], {"w": w}),
+            make_model([fused(transA=1)], {"x": (K, 2)}, ["y"], {"w": w}),
+            make_model([fused(transBatchA=1)], {"x": (2, 3, K)}, ["y"], {"w": w}),
         ],
         Reason.UNSUPPORTED_BIAS: [
             make_model([node("Gemm", ["x", "w", "c"], ["y"])], {**x, "c": (N,)}, ["y"], {"w": w}),
@@ -323,8 +337,8 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
             make_model([node("Gemm", ["x", "w", "c"], ["y"])], x, ["y"], {"w": w, "c": _x(2, 1)}),
         ],
         Reason.UNSUPPORTED_OPERATOR: [
-            make_model([node("Einsum", ["x", "w"], ["y"], equation="mk,kn->mn")], x, ["y"], {"w": w}),
-            make_model([node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", alpha=2.0)], x, ["y"], {"w": w}),
+            make_model([node("Einsum", ["x", "w"], ["y"], equation="mk,kn->nm")], x, ["y"], {"w": w}),
+            make_model([node("Einsum", ["x", "w"], ["y"], equation="nk,kn->n")], {"x": (N, K)}, ["y"], {"w": w}),
         ],
     }
 
@@ -429,39 +443,159 @@ def test_bodies(workbench, make_model, sparse, weight_inside) -> None:
     assert [plan.graph for plan in converted.plan] == ["choice", "choice"]
     for branch, taken in (("then", True), ("else", False)):
         plan = converted.node(f"m_{branch}")
-        if weight_inside:
-            assert plan.action is Action.CONVERTED
-            assert plan.epilogue == ("relu" if taken else "none")
-        else:
-            assert plan.reason is Reason.IN_SUBGRAPH
+        assert plan.action is Action.CONVERTED
+        assert plan.epilogue == ("relu" if taken else "none")
         assert converted.error({"x": _x(2, K), "c": np.array(taken)}) <= EXACT
-    if weight_inside:
-        bodies = [helper.get_attribute_value(a) for a in converted.proto.graph.node[0].attribute]
-        names = [[i.name for i in body.initializer] for body in bodies]
-        # One name each: a body must not repeat a name of another scope.
-        assert sorted(itertools.chain(*names)) == ["w.sparamx", "w.sparamx.2"]
+    # One name each: a body must not repeat a name of another scope.
+    packed = _packed_in_bodies(converted.proto.graph)
+    assert sorted(t.name for t in packed) == ["w.sparamx", "w.sparamx.2"]
+    assert converted.initializers == set()
+    if not weight_inside:
+        # The same bytes of the file, counted once.
+        first, second = ({e.key: e.value for e in tensor.external_data} for tensor in packed)
+        assert first == second
+        assert converted.plan.bytes_after == converted.node("m_then").bytes_after
 
 
-def test_functions(workbench, make_model, sparse) -> None:
-    function = helper.make_function(
-        "local",
-        "Linear",
-        ["a", "b"],
-        ["c"],
-        [node("MatMul", ["a", "b"], ["c"], name="inner")],
-        [helper.make_opsetid("", 20)],
+def _packed_in_bodies(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """The initializers of all bodies."""
+    bodies = [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return [tensor for body in bodies for tensor in (*body.initializer, *_packed_in_bodies(body))]
+
+
+def test_a_weight_of_an_outer_graph_is_constant_in_the_body(workbench, make_model, sparse) -> None:
+    """ONNX Runtime up to 1.28 treats only initializers of the body itself as constant: so all of them are."""
+    proto = _if_model(make_model, sparse, weight_inside=False)
+    # The same weight in the main graph, and in a body of a body, behind a Transpose that stands outside.
+    inner = helper.make_graph(
+        [node("MatMul", ["m_then", "t"], ["deep"], name="deep")],
+        "inner",
+        [],
+        [helper.make_tensor_value_info("deep", TensorProto.FLOAT, None)],
+    )
+    choice = proto.graph.node[0]
+    then_body = next(a.g for a in choice.attribute if a.name == "then_branch")
+    then_body.node.append(node("If", ["c"], ["r2"], name="nested", then_branch=inner, else_branch=inner))
+    then_body.output[0].name = "r2"
+    else_body = next(a.g for a in choice.attribute if a.name == "else_branch")
+    else_body.node.append(node("MatMul", ["r_else", "t"], ["back"], name="back"))
+    else_body.output[0].name = "back"
+    proto.graph.node.insert(0, node("Transpose", ["w"], ["t"], name="turn"))
+    proto.graph.node.append(node("MatMul", ["y", "w"], ["z"], name="outer"))
+    proto.graph.output[0].name = "z"
+    converted = workbench.convert(proto)
+    assert {plan.node: plan.graph for plan in converted.plan} == {
+        "m_then": "choice", "m_else": "choice", "deep": "nested", "back": "choice", "outer": None,
+    }  # fmt: skip
+    assert all(plan.action is Action.CONVERTED for plan in converted.plan)
+    assert [n.op_type for n in converted.proto.graph.node] == ["If", "SparseAMXMatMul"]
+    packed = [*converted.proto.graph.initializer, *_packed_in_bodies(converted.proto.graph)]
+    assert len({t.name for t in packed}) == len(packed) == 6
+    assert len({e.value for t in packed for e in t.external_data if e.key == "offset"}) == 2
+    for taken in (True, False):
+        assert converted.error({"x": _x(2, K), "c": np.array(taken)}) <= EXACT
+
+
+def test_a_loop(workbench, make_model, sparse) -> None:
+    body = helper.make_graph(
+        [
+            node("Identity", ["go"], ["go_on"]),
+            node("MatMul", ["state", "w"], ["m"], name="m"),
+            node("Add", ["b", "m"], ["a"], name="a"),
+            node("Relu", ["a"], ["next"], name="next"),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, ()),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, ()),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, (2, K)),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, ()),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
     )
     proto = make_model(
-        [node("Linear", ["x", "w"], ["y"], domain="local")],
+        [node("Loop", ["count", ""], ["y"], name="loop", body=body)],
         {"x": (2, K)},
         ["y"],
-        {"w": sparse((K, N))},
-        functions=[function],
+        {"w": sparse((K, K)) / 8, "b": _x(K), "count": np.array(3)},
     )
+    proto.graph.node[0].input.append("x")
+    converted = workbench.convert(proto)
+    plan = converted.node("m")
+    assert (plan.action, plan.graph, plan.epilogue, plan.bias) == (Action.CONVERTED, "loop", "relu", True)
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+def test_bodies_of_old_models_cannot_hold_weights(workbench, make_model, sparse) -> None:
+    proto = _if_model(make_model, sparse, weight_inside=False)
+    proto.ir_version = 3
+    proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, (K, N)))
+    converted = workbench.convert(proto)
+    assert [plan.reason for plan in converted.plan] == [Reason.IN_SUBGRAPH] * 2
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_functions(workbench, make_model, sparse, calls) -> None:
+    """As older torch exporters write whole models; a name of the function is taken in the model."""
+    inner = helper.make_function(
+        "local", "Product", ["a", "b"], ["c"], [node("MatMul", ["a", "b"], ["c"], name="inner")],
+        [helper.make_opsetid("", 20)],
+    )  # fmt: skip
+    nodes = [
+        node("Product", ["a", "b"], ["x"], domain="local", name="call"),
+        node("Constant", [], ["slope"], value_float=0.5, name="constant"),
+        node("Mul", ["x", "slope"], ["c"], name="scaled"),
+    ]
+    outer = helper.make_function(
+        "local", "Linear", ["a", "b"], ["c"], nodes,
+        [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)],
+    )  # fmt: skip
+    model_nodes = [
+        node("Linear", ["x" if i == 0 else f"h{i - 1}", "w"], [f"h{i}"], domain="local") for i in range(calls)
+    ]
+    proto = make_model(
+        [*model_nodes, node("Neg", [f"h{calls - 1}"], ["y"])],
+        {"x": (2, K)},
+        ["y"],
+        {"w": sparse((K, K))},
+        functions=[inner, outer],
+    )
+    converted = workbench.convert(proto)
+    assert [plan.action for plan in converted.plan] == [Action.CONVERTED] * calls
+    assert not converted.proto.functions
+    assert converted.initializers == {"w.sparamx"}
+    assert converted.error({"x": _x(2, K)}) <= EXACT
+
+
+def test_functions_that_cannot_be_inlined(workbench, make_model, sparse) -> None:
+    function = helper.make_function(
+        "local", "Linear", ["a", "b"], ["c"], [node("MatMul", ["a", "b"], ["c"], name="inner")],
+        [helper.make_opsetid("", 19)],
+    )  # fmt: skip
+    proto = make_model(
+        [node("Linear", ["x", "w"], ["y"], domain="local")], {"x": (2, K)}, ["y"], {"w": sparse((K, N))},
+        functions=[function],
+    )  # fmt: skip
     converted = workbench.convert(proto)
     (plan,) = converted.plan
     assert (plan.node, plan.graph, plan.reason) == ("inner", "Linear", Reason.IN_FUNCTION)
     assert converted.error({"x": _x(2, K)}) == 0
+
+
+def test_functions_without_products_stay(workbench, make_model, sparse) -> None:
+    function = helper.make_function(
+        "local", "Twice", ["a"], ["c"], [node("Add", ["a", "a"], ["c"], name="inner")], [helper.make_opsetid("", 20)]
+    )
+    proto = make_model(
+        [node("Twice", ["x"], ["h"], domain="local"), node("MatMul", ["h", "w"], ["y"])],
+        {"x": (2, K)}, ["y"], {"w": sparse((K, N))}, functions=[function],
+    )  # fmt: skip
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["Twice", "SparseAMXMatMul"]
+    assert len(converted.proto.functions) == 1
+    assert converted.error({"x": _x(2, K)}) <= EXACT
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def _x(k: int) -> np.ndarray:
 
 def test_defaults() -> None:
     options = ConvertOptions()
-    assert (options.method, options.weights) == (Method.AUTO, WeightType.BF16)
+    assert (options.method, options.weight_type) == (Method.AUTO, WeightType.BF16)
     assert not options.prunes
     assert options.target_sparsity is None
     assert ConvertOptions(method="magnitude").target_sparsity == 0.5

@@ -140,8 +140,9 @@ def test_what_others_use_stays(workbench, make_model, sparse) -> None:
 
 def test_a_weight_that_a_body_uses_stays(workbench, make_model, sparse) -> None:
     nodes = [node("MatMul", ["x", "w"], ["m"])]
+    use = node("ReduceSum", ["w"], ["i"], name="inner", keepdims=0)
     result = helper.make_tensor_value_info("i", TensorProto.FLOAT, None)
-    body = helper.make_graph([node("MatMul", ["x", "w"], ["i"], name="inner")], "b", [], [result])
+    body = helper.make_graph([use], "b", [], [result])
     nodes.append(node("If", ["c"], ["y"], name="if", then_branch=body, else_branch=body))
     condition = [helper.make_tensor_value_info("c", TensorProto.BOOL, ())]
     proto = make_model(nodes, {"x": (2, K)}, ["m", "y"], {"w": sparse((K, N))}, extra_inputs=condition)

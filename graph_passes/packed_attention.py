@@ -1,0 +1,78 @@
+"""Reads com.microsoft Attention, whose one weight makes queries, keys and values, as a product and the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from sparamx_onnx.graph_passes.fold_constants import ConstantFolder
+from sparamx_onnx.graph_passes.plan import Reason
+from sparamx_onnx.graph_passes.products import (
+    MICROSOFT,
+    Bias,
+    Product,
+    Refusal,
+    constant_vector,
+    int_attribute,
+    read_operands,
+)
+
+# From this version of ONNX's operators on, the sizes of a Split are an input.
+_SPLIT_SIZES_ARE_INPUT = 13
+
+# What MultiHeadAttention has under the same names, with the same meaning.
+_COMMON_ATTRIBUTES = ("num_heads", "mask_filter_value", "scale", "unidirectional")
+
+
+def read_attention(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+    """The product with the packed weight [K, Nq + Nk + Nv], and behind it Split and MultiHeadAttention.
+
+    Attention with a cache, with rotary embedding, or with a bias that is no constant is refused.
+    """
+    operands = read_operands(node, folder) if len(node.outputs) == 1 else None
+    if operands is None:
+        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.")
+    if isinstance(operands, Refusal):
+        return operands
+    x, weight = operands
+    mask, past, added, past_length = (node.inputs[i] if i < len(node.inputs) else None for i in (3, 4, 5, 6))
+    if past is not None or past_length is not None:
+        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.", weight)
+    if int_attribute(node, "do_rotary", 0):
+        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has do_rotary = 1.", weight)
+    if len(weight.shape) != 2:
+        return Product((node,), x, weight, output=node.outputs[0])
+    n = weight.shape[1]
+    sizes_attribute = node.attributes.get("qkv_hidden_sizes")
+    sizes = [n // 3] * 3 if sizes_attribute is None else list(sizes_attribute.as_ints())
+    if len(sizes) != 3 or sum(sizes) != n or sizes[0] != sizes[1]:
+        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, f"Its weight has {n} columns for {sizes}.", weight)
+    bias = None
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        constant = constant_vector(node.inputs[2], n, folder, rank=1)
+        if constant is None:
+            return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight)
+        bias = Bias(constant)
+    attributes = [node.attributes[name] for name in _COMMON_ATTRIBUTES if name in node.attributes]
+
+    def after(value: ir.Value) -> Sequence[ir.Node]:
+        nodes = _split(value, sizes, folder.opset)
+        query, key, values = nodes[-1].outputs
+        inputs = [query, key, values, None, mask, added]
+        while inputs[-1] is None:
+            inputs.pop()
+        return [*nodes, ir.Node(MICROSOFT, "MultiHeadAttention", inputs, attributes)]
+
+    return Product((node,), x, weight, bias=bias, takes_add=False, output=node.outputs[0], after=after)
+
+
+def _split(value: ir.Value, sizes: Sequence[int], opset: int) -> list[ir.Node]:
+    """Nodes of which the last one splits the last dimension."""
+    if opset < _SPLIT_SIZES_ARE_INPUT:
+        attributes = [ir.AttrInt64("axis", 2), ir.AttrInt64s("split", list(sizes))]
+        return [ir.Node("", "Split", [value], attributes, num_outputs=len(sizes))]
+    constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.Tensor(np.array(sizes, np.int64)))])
+    split = ir.Node("", "Split", [value, constant.outputs[0]], [ir.AttrInt64("axis", 2)], num_outputs=len(sizes))
+    return [constant, split]
