@@ -229,7 +229,8 @@ def _values_of_tiles(halves: npt.NDArray[np.bool_], header: BlobHeader) -> npt.N
         header: The header.
     """
     counts: npt.NDArray[np.int64] = halves.sum(axis=2, dtype=np.int64)
-    return 2 * counts.max(axis=1) if header.weight_type == _INT4 else counts.sum(axis=1)
+    stored: npt.NDArray[np.int64] = 2 * counts.max(axis=1) if header.weight_type == _INT4 else counts.sum(axis=1)
+    return stored
 
 
 def _places_in_tile(halves: npt.NDArray[np.bool_], header: BlobHeader) -> npt.NDArray[np.int64]:
