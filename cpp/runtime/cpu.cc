@@ -14,7 +14,7 @@
 // Defined by the AMX emulator of the tests (tests/amx_emulator) where that is loaded into the process, by nothing else:
 // changes what XGETBV and CPUID said of AMX.
 extern "C" __attribute__((weak, visibility("default"))) void sparamx_amx_emulator_pretend(uint64_t* xcr0,
-                                                                                           uint32_t* leaf7_edx);
+                                                                                          uint32_t* leaf7_edx);
 
 namespace sparamx {
 namespace {

@@ -23,7 +23,8 @@ extern "C" int __sigaction(int signal, const struct sigaction* action, struct si
 namespace amx_emulator {
 namespace {
 
-// --- What is pretended -------------------------------------------------------------------------------------------------
+// --- What is pretended
+// -------------------------------------------------------------------------------------------------
 
 constexpr uint32_t kBf16Bit = 1u << 22, kTileBit = 1u << 24, kInt8Bit = 1u << 25;  // CPUID leaf 7, EDX
 constexpr uint64_t kTileConfigState = 1u << 17, kTileDataState = 1u << 18;         // XCR0
@@ -61,7 +62,8 @@ const Pretended& Pretends() {
 std::atomic<bool> permitted;
 thread_local bool request_is_the_librarys;
 
-// --- The tile state ----------------------------------------------------------------------------------------------------
+// --- The tile state
+// ----------------------------------------------------------------------------------------------------
 
 // Reserved when the thread starts: a signal handler must not allocate.
 __attribute__((tls_model("initial-exec"))) thread_local State state;
@@ -120,7 +122,8 @@ void LeaveConfigIn(ucontext_t* context) {
   std::memcpy(frame_config, &config, sizeof config);
 }
 
-// --- Decoding ----------------------------------------------------------------------------------------------------------
+// --- Decoding
+// ----------------------------------------------------------------------------------------------------------
 
 struct Instruction {
   amx_instruction kind;
@@ -225,7 +228,8 @@ bool Decode(const ucontext_t* context, const uint8_t* code, Instruction* i) {
   }
 }
 
-// --- Executing ---------------------------------------------------------------------------------------------------------
+// --- Executing
+// ---------------------------------------------------------------------------------------------------------
 
 Fault Execute(const Instruction& i) {
   switch (i.kind) {
@@ -370,7 +374,8 @@ long AnswerPermission(long request, long argument) {
 }  // namespace
 }  // namespace amx_emulator
 
-// --- What others call --------------------------------------------------------------------------------------------------
+// --- What others call
+// --------------------------------------------------------------------------------------------------
 
 EXPORTED void sparamx_amx_emulator_pretend(uint64_t* xcr0, uint32_t* leaf7_edx) {
   using namespace amx_emulator;

@@ -13,13 +13,26 @@
 #include <thread>
 #include <vector>
 
+#include "amx_emulator.h"
 #include "format/for_each.h"
 #include "format/number.h"
 #include "runtime/choice.h"
 #include "runtime/cpu.h"
 
+#pragma weak amx_emulator_is_configured  // null where the emulator is not part of the program
+
 namespace sparamx {
 namespace {
+
+// The levels of this CPU, or the one that SPARAMX_TEST_LEVEL names, if the CPU has it.
+std::vector<const Level*> TestedLevels() {
+  const char* only = std::getenv("SPARAMX_TEST_LEVEL");
+  std::vector<const Level*> levels;
+  for (const Level* level : Levels())
+    if (MissingFeatures(level->features).empty() && (only == nullptr || std::strcmp(only, level->name) == 0))
+      levels.push_back(level);
+  return levels;
+}
 
 struct Case {
   uint64_t rows, k, n;
@@ -141,10 +154,22 @@ Expected Multiplied(const Case& c, const Problem& p, Activations activations) {
   return e;
 }
 
+// Whether this thread has tiles configured: on AMX hardware the processor's own word, XGETBV(1), for it.
+bool HasTilesConfigured() {
+  if (amx_emulator_is_configured != nullptr) return amx_emulator_is_configured() != 0;
+  if ((CpuFeatures() & kAmxTile) == 0) return false;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+  return (low & 1u << 17) != 0;
+}
+
 struct Threads {
   unsigned count;
   static void Run(void* host, size_t count, void (*body)(void*, size_t), void* user) {
-    ForEach(count, static_cast<Threads*>(host)->count, [&](size_t i) { body(user, i); });
+    ForEach(count, static_cast<Threads*>(host)->count, [&](size_t i) {
+      body(user, i);
+      if (HasTilesConfigured()) ADD_FAILURE() << "a work item left its tile configuration behind";
+    });
   }
 };
 
@@ -166,6 +191,7 @@ std::vector<std::vector<float>> MultiplyOutputs(const Case& c, const Problem& p,
   Threads pool = {threads};
   matmul.Run(p.x.data(), c.rows, c.bias ? p.bias.data() : nullptr, pointers.data(), scratch.get(),
              {Threads::Run, &pool});
+  EXPECT_FALSE(HasTilesConfigured());
   return outputs;
 }
 
@@ -194,8 +220,7 @@ void CheckEveryLevel(const Case& c, uint32_t seed) {
   SCOPED_TRACE(testing::Message() << c);
   const Problem p = Make(c, seed);
   Expected expected[kActivationTypes];
-  for (const Level* level : Levels()) {
-    if (!MissingFeatures(level->features).empty()) continue;
+  for (const Level* level : TestedLevels()) {
     SCOPED_TRACE(level->name);
     std::string path;
     const std::vector<float> y = Multiply(c, p, level->name, 1, &path);
@@ -255,8 +280,7 @@ std::vector<float> ColumnsOf(const std::vector<float>& y, size_t columns, size_t
 void CheckOutputs(const Case& c, const std::vector<uint64_t>& splits, uint32_t seed) {
   SCOPED_TRACE(testing::Message() << c);
   const Problem p = Make(c, seed);
-  for (const Level* level : Levels()) {
-    if (!MissingFeatures(level->features).empty()) continue;
+  for (const Level* level : TestedLevels()) {
     SCOPED_TRACE(level->name);
     std::string path;
     MatMul::Options options;
@@ -376,8 +400,7 @@ TEST(MatMul, LongIntegerSumsDoNotOverflow) {
       ASSERT_TRUE(PackedSize(source, options, &size).ok());
       p.blob.assign(size, 0);
       ASSERT_TRUE(Pack(source, options, p.blob.data(), size).ok());
-      for (const Level* level : Levels()) {
-        if (!MissingFeatures(level->features).empty()) continue;
+      for (const Level* level : TestedLevels()) {
         std::string path;
         for (const float y : Multiply(c, p, level->name, 2, &path)) EXPECT_NEAR(y, 300000.0f, 1.0f) << level->name;
       }
@@ -401,8 +424,7 @@ TEST(MatMul, DamageThatPassesTheCheckerIsHarmless) {
         if (!Parse(damaged.blob.data(), damaged.blob.size(), &view).ok()) continue;
         if (view.k != c.k || view.n != c.n) continue;
         ++passed;
-        for (const Level* level : Levels()) {
-          if (!MissingFeatures(level->features).empty()) continue;
+        for (const Level* level : TestedLevels()) {
           std::string path;
           EXPECT_EQ(Multiply(c, damaged, level->name, 2, &path).size(), c.rows * c.n);
         }
@@ -430,8 +452,7 @@ TEST(MatMul, NonFiniteActivationsSpoilTheirRowOnly) {
     for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
       Problem p = Make(c, 9);
       p.x[2 * c.k + 37] = bad;
-      for (const Level* level : Levels()) {
-        if (!MissingFeatures(level->features).empty()) continue;
+      for (const Level* level : TestedLevels()) {
         std::string path;
         const std::vector<float> y = Multiply(c, p, level->name, 2, &path);
         for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isfinite(y[i]), i / c.n != 2) << level->name << " " << i;
@@ -445,8 +466,7 @@ TEST(MatMul, DenormalActivationsCountAsZeroInBf16) {
   Problem p = Make(c, 10);
   std::fill(p.x.begin(), p.x.end(), 1e-39f);
   std::fill(p.w.begin(), p.w.end(), 1e30f);
-  for (const Level* level : Levels()) {
-    if (!MissingFeatures(level->features).empty()) continue;
+  for (const Level* level : TestedLevels()) {
     std::string path;
     for (const float y : Multiply(c, p, level->name, 1, &path)) EXPECT_EQ(y, 0.0f) << level->name;
   }
