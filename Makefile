@@ -13,21 +13,21 @@ HEADERS := $(CURDIR)/build/onnxruntime-headers
 
 PYTHON_SOURCES := $(shell find src ops graph_passes models -type f -name '*.py' -o -name py.typed)
 CPP_SOURCES := $(shell find cpp cmake -type f) CMakeLists.txt pyproject.toml README.md LICENSE
-CPP_TESTS := $(shell find tests/cpp -type f)
-FORMATTED := $(shell find cpp tests/cpp examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
+CPP_TESTS := $(shell find tests/cpp tests/amx_emulator -type f)
+FORMATTED := $(shell find cpp tests/cpp tests/amx_emulator examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-all test-cpp test-sanitizers test-threads test-python test-oldest lint format bench wheel clean distclean
+.PHONY: build demo test test-all test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest lint format bench wheel clean distclean
 
 build: $(VENV)/.installed
 
 demo: build
 	$(BIN)/python -m sparamx_onnx.models.demo
 
-test: lint test-cpp test-sanitizers test-python
+test: lint test-cpp test-amx-emulated test-sanitizers test-python
 
 test-all: export SPARAMX_TEST_FULL = 1
-test-all: lint test-cpp test-sanitizers test-threads test-python test-oldest
+test-all: lint test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest
 
 bench: build
 	$(BIN)/python benchmarks/kernels.py --quick --json build/benchmarks/kernels.json
@@ -103,7 +103,7 @@ test-oldest: $(OLDEST)/.installed
 
 # --- C++ ------------------------------------------------------------------------------------------------------------------
 
-build/release/build.ninja: CMakeLists.txt tests/cpp/CMakeLists.txt build/.tools
+build/release/build.ninja: CMakeLists.txt tests/cpp/CMakeLists.txt tests/amx_emulator/CMakeLists.txt build/.tools
 	cmake -G Ninja -S . -B build/release -DSPARAMX_BUILD_TESTS=ON -DSPARAMX_ORT_DOWNLOAD_DIR=$(HEADERS) \
 	  -DSPARAMX_MAX_GLIBC=$(subst _,.,$(MANYLINUX))
 
@@ -117,7 +117,14 @@ build/tsan/build.ninja: CMakeLists.txt tests/cpp/CMakeLists.txt build/.tools
 
 test-cpp: build/release/build.ninja
 	cmake --build build/release --parallel $(JOBS)
-	ctest --test-dir build/release --output-on-failure --parallel $(JOBS)
+	ctest --test-dir build/release --output-on-failure --parallel $(JOBS) --exclude-regex '^AmxEmulated'
+
+# The AMX kernels on a CPU that has AMX or not: tests/amx_emulator executes their instructions.
+test-amx-emulated: build/release/build.ninja $(VENV)/.installed
+	cmake --build build/release --parallel $(JOBS)
+	ctest --test-dir build/release --output-on-failure --parallel $(JOBS) --tests-regex '^AmxEmulated'
+	SPARAMX_TEST_LEVEL=amx LD_PRELOAD=$(CURDIR)/build/release/tests/amx_emulator/libamx_emulator.so \
+	  $(BIN)/python -m pytest tests/ops tests/models/test_llama.py
 
 test-sanitizers: build/asan/build.ninja
 	cmake --build build/asan --parallel $(JOBS)
