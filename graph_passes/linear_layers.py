@@ -211,24 +211,18 @@ class LinearLayerFinder:
     def _judge(self, node: ir.Node, product: Product | Refusal) -> Found:
         """What becomes of a product that was read, or of what was read of it."""
         weight = product.weight
-        if weight is None:
-            assert isinstance(product, Refusal)
-            return Found(_left_alone(node, product.reason, product.detail))
         plan = _left_alone(node, Reason.CONVERTED)
-        plan.weight = weight.name
-        plan.bytes_before = weight.tensor.nbytes
-        if len(weight.shape) == 2:
-            plan.k, plan.n = weight.shape
-        before = None if isinstance(product, Refusal) else product.before
-        x = node.inputs[0] if isinstance(product, Refusal) else product.x
-        assert x is not None
-        refusal = self._refusal(node, x if before is None else None, weight)
-        if isinstance(product, Refusal) and (product.reason is Reason.CONSTANT_EXPRESSION or refusal is None):
-            refusal = NotConstant(product.reason, product.detail)
+        if weight is not None:
+            plan.weight = weight.name
+            plan.bytes_before = weight.tensor.nbytes
+            if len(weight.shape) == 2:
+                plan.k, plan.n = weight.shape
+        refusal = self._refusal(node, product)
         if refusal is not None:
             plan.reason, plan.detail = refusal.reason, refusal.detail
             return Found(plan)
         assert not isinstance(product, Refusal)
+        x = product.x
         if x.shape is not None and len(x.shape) > 0 and isinstance(x.shape[-1], int) and x.shape[-1] != plan.k:
             plan.reason = Reason.MALFORMED_NODE
             plan.detail = f"The activations end in {x.shape[-1]}, the weight has {plan.k} rows."
@@ -240,21 +234,24 @@ class LinearLayerFinder:
         plan.absorbed = tuple(other.name or "" for other in layer.nodes[1:])
         return Found(plan, layer)
 
-    def _refusal(self, node: ir.Node, x: ir.Value | None, weight: FoldedConstant) -> NotConstant | None:
-        """Why a constant weight cannot be packed, or None. x is None where it has no floats to look at."""
+    def _refusal(self, node: ir.Node, product: Product | Refusal) -> NotConstant | None:
+        """Why a product cannot be packed, or None."""
         is_old = (self._model.ir_version or _BODY_INITIALIZERS_SINCE_IR) < _BODY_INITIALIZERS_SINCE_IR
+        weight = product.weight
+        if isinstance(product, Refusal):
+            x = next((value for value in node.inputs if value is not None), None)
+            # That its type is none of ours is the first thing to know of an operator that takes floats.
+            wrong_type = None if weight is None or weight.dtype in CODE_BITS else _type_refusal(x, weight)
+            is_constant = product.reason is Reason.CONSTANT_EXPRESSION
+            return NotConstant(product.reason, product.detail) if wrong_type is None or is_constant else wrong_type
+        assert weight is not None
         if is_old and node.graph is not self._model.graph:
             return NotConstant(Reason.IN_SUBGRAPH)
         if len(weight.shape) != 2:
             return NotConstant(Reason.WEIGHT_NOT_2D, f"Its shape is {list(weight.shape)}.")
         if math.prod(weight.shape) == 0:
             return NotConstant(Reason.EMPTY_WEIGHT, f"Its shape is {list(weight.shape)}.")
-        if weight.dtype in CODE_BITS:  # a refused quantized product
-            return None
-        dtype = weight.dtype if weight.dtype != ir.DataType.FLOAT or x is None else x.dtype
-        if dtype not in (None, ir.DataType.FLOAT):
-            return NotConstant(Reason.UNSUPPORTED_DTYPE, f"They are {dtype.name}.")
-        return None
+        return _type_refusal(product.x if product.before is None else None, weight)
 
     def _absorb(self, product: Product) -> LinearLayer:
         nodes, output, bias = list(product.nodes), product.output, product.bias
@@ -297,6 +294,14 @@ def _is_product(node: ir.Node) -> bool:
 def holds_products(function: ir.Function) -> bool:
     """Whether a function multiplies matrices."""
     return any(_is_product(node) for node in ir.traversal.RecursiveGraphIterator(function))
+
+
+def _type_refusal(x: ir.Value | None, weight: FoldedConstant) -> NotConstant | None:
+    """The reason where floats are not float32. x is None where it has no floats to look at."""
+    dtype = weight.dtype if weight.dtype != ir.DataType.FLOAT or x is None else x.dtype
+    if dtype in (None, ir.DataType.FLOAT):
+        return None
+    return NotConstant(Reason.UNSUPPORTED_DTYPE, f"They are {dtype.name}.")
 
 
 def _left_alone(node: ir.Node, reason: Reason, detail: str = "") -> NodePlan:

@@ -155,11 +155,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.option(
     "--weights",
     type=click.Choice(["bf16", "int8", "int4", "fp32"]),
-    default="bf16",
-    show_default=True,
     help="Type of the packed weights. fp32 is exact; bf16 is half as large and hardly differs; int8 is a quarter, with"
     " errors like ONNX Runtime's dynamic int8; int4 is an eighth and changes the outputs visibly: check it on your"
-    " own data.",
+    " own data.  [default: bf16, and for weights that are quantized already their own codes]",
 )
 @click.option(
     "--group-size",
@@ -191,7 +189,7 @@ def convert(
     output: str | None,
     method: str,
     sparsity: float | None,
-    weights: str,
+    weights: str | None,
     group_size: str | None,
     scale_type: str | None,
     include: tuple[str, ...],

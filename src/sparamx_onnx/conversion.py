@@ -60,7 +60,7 @@ def convert(
     *,
     method: str = "auto",
     sparsity: float | None = None,
-    weights: str = "bf16",
+    weights: str | None = None,
     group_size: int | None = None,
     scale_type: str | None = None,
     include: Iterable[str] = (),
@@ -82,7 +82,8 @@ def convert(
             zero without looking at any data, which usually ruins a language model at 50 %.
         sparsity: Share of zeros that pruning leaves behind, per weight; 0.5 if None. Only for ``magnitude``.
         weights: Type of the packed weights: ``bf16``, ``fp32`` (exact), ``int8`` or ``int4``. The last two quantize
-            activations to int8 when the model runs: judge int4 on your own data.
+            activations to int8 when the model runs: judge int4 on your own data. By default ``bf16``, but weights
+            that are quantized already keep their int8 or int4 codes.
         group_size: Only for ``int4``: weights along K that share a scale, one of 16, 32, 64, 128 and 256; 32 if None.
         scale_type: Only for ``int4``: type of the scales, ``fp16`` (if None) or ``fp32``.
         include: Regular expressions; if any are given, only layers whose name one of them finds are converted. An
@@ -101,7 +102,7 @@ def convert(
         # Strings, as ConvertOptions takes them too: it checks them, in words.
         method=cast(pipeline.Method, method),
         sparsity=sparsity,
-        weights=cast(WeightType, weights),
+        weights=cast(WeightType | None, weights),
         group_size=group_size,
         scale_type=cast(ScaleType | None, scale_type),
         include=tuple(include),

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 
 from sparamx_onnx.feeds import Array, check_inputs, is_decoder, plan_feeds, read_npz
+from sparamx_onnx.graph_passes.pipeline import KEPT_KEY
 from sparamx_onnx.inspection import conversion_record
 from sparamx_onnx.loading import LoadedModel, load_model
 from sparamx_onnx.ops.errors import SparamxError
@@ -96,9 +97,9 @@ def verify(
         inputs: An ``.npz`` file or a mapping with one array per input, for one run. Without it, three runs on random
             inputs of the declared types and shapes.
         tolerance: Largest relative error that passes. By default what the weight type allows: 1e-4 for fp32 weights,
-            2e-2 for bf16, 0.15 for int8, 0.6 for int4: an error beyond that is more than rounding. One within it, of
-            int8 and int4, may still be too much for what the model is for. A model that was pruned when it was
-            converted differs by more: that is no rounding error.
+            2e-2 for bf16, 0.15 for int8, 0.6 for int4; of several types in one model, the loosest. An error beyond that
+            is more than rounding. One within it, of int8 and int4, may still be too much for what the model is for. A
+            model that was pruned when it was converted differs by more: that is no rounding error.
 
     Raises:
         SparamxError: A model cannot be read or run, or the inputs do not fit.
@@ -109,7 +110,7 @@ def verify(
     source, runs = _inputs(models[0], inputs)
     record = conversion_record(models[1].model)
     if tolerance is None:
-        tolerance = TOLERANCES.get(record.get("weights", ""), _UNKNOWN_TOLERANCE)
+        tolerance = max(TOLERANCES.get(name, _UNKNOWN_TOLERANCE) for name in _weight_types(record))
     sessions = [(model.path, model.imports_our_domain) for model in models]
     # One model in memory at a time: a pair of large ones need not fit side by side.
     del models
@@ -125,6 +126,12 @@ def verify(
     )
     pruned = record["method"] if record.get("sparsity") is not None else None
     return Verification(os.fspath(reference), os.fspath(converted), source, len(runs), tolerance, pruned, outputs)
+
+
+def _weight_types(record: Mapping[str, Any]) -> list[str]:
+    """The types of packed weights that a conversion's record names; anybody may have written it."""
+    kept = record.get(KEPT_KEY)
+    return [str(record.get("weights")), *map(str, kept if isinstance(kept, list) else [])]
 
 
 def compare(name: str, expected: Sequence[Array], actual: Sequence[Array], tolerance: float) -> OutputError:

@@ -278,7 +278,6 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
         Reason.WEIGHT_NOT_2D: [
             make_model([node("MatMul", ["x", "v"], ["y"])], x, ["y"], {"v": _x(K)}),
             make_model([node("MatMul", ["x", "e"], ["y"])], x, ["y"], {"e": sparse((3, K, N))}),
-            make_model([node("Einsum", ["x", "e"], ["y"], equation="mk,khn->mhn")], x, ["y"], {"e": sparse((K, 2, N))}),
         ],
         Reason.EMPTY_WEIGHT: [
             make_model([node("MatMul", ["x", "w"], ["y"])], x, ["y"], {"w": np.zeros((K, 0), np.float32)}),
@@ -337,6 +336,7 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
             make_model([node("Gemm", ["x", "w", "c"], ["y"])], x, ["y"], {"w": w, "c": _x(2, 1)}),
         ],
         Reason.UNSUPPORTED_OPERATOR: [
+            make_model([node("Einsum", ["x", "e"], ["y"], equation="mk,khn->mhn")], x, ["y"], {"e": sparse((K, 2, N))}),
             make_model([node("Einsum", ["x", "w"], ["y"], equation="mk,kn->nm")], x, ["y"], {"w": w}),
             make_model([node("Einsum", ["x", "w"], ["y"], equation="nk,kn->n")], {"x": (N, K)}, ["y"], {"w": w}),
         ],
