@@ -32,6 +32,7 @@ test-all: lint test-cpp test-amx-emulated test-sanitizers test-threads test-pyth
 bench: build
 	$(BIN)/python benchmarks/kernels.py --quick --json build/benchmarks/kernels.json
 	$(BIN)/python benchmarks/models.py --json build/benchmarks/models.json
+	$(BIN)/python benchmarks/attention.py --json build/benchmarks/attention.json
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/memory.py
 

@@ -138,7 +138,7 @@ def _wait_until_idle() -> None:
     raise RuntimeError("the threads of the session do not come to rest, so a streaming read cannot be timed")
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Asks the kernel to end this process with its parent, which reaches it even while it is stopped."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the kernel was asked
@@ -146,7 +146,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    _die_with_parent(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     # Whatever libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -16,13 +16,13 @@ from typing import Any, NoReturn, Self
 
 
 class Worker:
-    """A process that runs engine.py, stopped except while it answers a request. Use as a context manager."""
+    """A process that runs a worker script, stopped except while it answers a request. Use as a context manager."""
 
-    def __init__(self, job: dict[str, Any], python: str = sys.executable) -> None:
+    def __init__(self, job: dict[str, Any], python: str = sys.executable, script: str = "engine.py") -> None:
         """Starts the job in an environment's `python`; raises RuntimeError if the engine cannot load the model."""
         self._name = str(job["model"])
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("engine.py")), str(os.getpid())],
+            [python, str(Path(__file__).with_name(script)), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -59,7 +59,7 @@ struct Avx2Attention {
     }
   }
   static SPARAMX_INLINE void Prefetch(const float* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
 
   // 8 x 8, with zeros for keys and numbers that are not there.

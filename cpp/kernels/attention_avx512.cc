@@ -45,7 +45,7 @@ struct Avx512Attention {
     _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)));
   }
   static SPARAMX_INLINE void Prefetch(const float* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
 
   static SPARAMX_INLINE void Transpose(const float* in, size_t stride, size_t keys, size_t numbers, float* out,

@@ -20,8 +20,8 @@ namespace {
 constexpr size_t kVecFloats = 16;
 // Up to so many rows, reading keys and values is what takes the time.
 constexpr size_t kFewRows = 8;
-// Keys that are asked for ahead of time then: 8 KiB where a key has 128 numbers.
-constexpr size_t kAheadKeys = 16;
+// Keys that are asked for ahead of time then: 16 KiB where a key has 128 numbers.
+constexpr size_t kAheadKeys = 32;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 SPARAMX_INLINE size_t Smaller(size_t a, size_t b) {
@@ -98,44 +98,64 @@ void Turn(const AttentionJob& job) {
   }
 }
 
-// Scores of 4 keys with Rows rows, by dot products: nothing is turned over.
+// sums[row * 4 + key] += q[row][column] * key[column], one vector of columns.
 template <class Isa, int Rows>
-SPARAMX_INLINE void DotFour(const AttentionJob& job, const float* q, size_t t, float* scores) {
-  typename Isa::Vec sums[16];
-  for (int i = 0; i < 16; ++i) sums[i] = Isa::Zero();
-  // Keys beyond the last are read as the last; their scores are masked.
-  const float* keys[4];
-  for (size_t i = 0; i < 4; ++i) keys[i] = job.k + Smaller(t + i, job.keys - 1) * job.k_stride;
-  for (size_t c = 0; c < job.key_size; c += kVecFloats) {
-    const size_t numbers = Smaller(kVecFloats, job.key_size - c);
-    typename Isa::Vec key[4] = {};
+SPARAMX_INLINE void DotColumns(const float* q, size_t q_stride, const float* k, size_t k_stride, size_t columns,
+                               typename Isa::Vec (&sums)[16]) {
+  typename Isa::Vec key[4] = {};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      key[i] = Isa::Load(keys[i] + c, numbers);
-      Isa::Prefetch(keys[i] + c + kAheadKeys * job.k_stride);
-    }
+  for (int i = 0; i < 4; ++i) key[i] = Isa::Load(k + i * k_stride, columns);
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const typename Isa::Vec row = Isa::Load(q + r * job.q_stride + c, numbers);
+  for (int r = 0; r < Rows; ++r) {
+    const typename Isa::Vec row = Isa::Load(q + r * q_stride, columns);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[r * 4 + i] = Isa::MultiplyVec(sums[r * 4 + i], key[i], row);
-    }
+    for (int i = 0; i < 4; ++i) sums[r * 4 + i] = Isa::MultiplyVec(sums[r * 4 + i], key[i], row);
   }
-  alignas(64) float totals[16];
-  Isa::Reduce(sums, totals);
-  for (int r = 0; r < Rows; ++r) __builtin_memcpy(scores + r * kKeyBlock + t, totals + 4 * r, 4 * sizeof(float));
 }
 
-template <class Isa, int Rows = 4>
-SPARAMX_INLINE void DotRows(const AttentionJob& job, const float* q, size_t rows, size_t t, float* scores) {
+// Scores of Rows rows with the four keys from t on (or, four times over, with that one), by dot products.
+template <class Isa, int Rows, bool One>
+SPARAMX_INLINE void DotFour(const AttentionJob& job, const float* q, size_t t, float* scores, bool prefetch) {
+  typename Isa::Vec sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = Isa::Zero();
+  const float* k = job.k + t * job.k_stride;
+  const float* ahead = k + kAheadKeys * job.k_stride;
+  const size_t stride = One ? 0 : job.k_stride;
+  size_t c = 0;
+  for (; c + kVecFloats <= job.key_size; c += kVecFloats) {
+    DotColumns<Isa, Rows>(q + c, job.q_stride, k + c, stride, kVecFloats, sums);
+    if (!prefetch) continue;
+#pragma GCC unroll 4
+    for (int line = 0; line < 4; ++line) Isa::Prefetch(ahead + line * kVecFloats);
+    ahead += 4 * kVecFloats;
+  }
+  if (c < job.key_size) DotColumns<Isa, Rows>(q + c, job.q_stride, k + c, stride, job.key_size - c, sums);
+  alignas(64) float totals[16];
+  Isa::Reduce(sums, totals);
+  constexpr size_t kBytes = (One ? 1 : 4) * sizeof(float);
+  for (int r = 0; r < Rows; ++r) __builtin_memcpy(scores + r * kKeyBlock + t, totals + 4 * r, kBytes);
+}
+
+template <class Isa, bool One, int Rows = 4>
+SPARAMX_INLINE void DotRows(const AttentionJob& job, const float* q, size_t rows, size_t t, float* scores,
+                            bool prefetch) {
   if constexpr (Rows > 0) {
     for (; rows >= Rows; rows -= Rows) {
-      DotFour<Isa, Rows>(job, q, t, scores);
+      DotFour<Isa, Rows, One>(job, q, t, scores, prefetch);
       q += Rows * job.q_stride;
       scores += Rows * kKeyBlock;
+      prefetch = false;  // once is enough
     }
-    DotRows<Isa, Rows - 1>(job, q, rows, t, scores);
+    DotRows<Isa, One, Rows - 1>(job, q, rows, t, scores, prefetch);
   }
+}
+
+template <class Isa>
+void DotKeys(const AttentionJob& job) {
+  const bool prefetch = job.k_stride == job.key_size;  // keys one after the other: the next ones lie behind them
+  size_t t = 0;
+  for (; t + 4 <= job.keys; t += 4) DotRows<Isa, false>(job, job.q, job.rows, t, job.scores, prefetch);
+  for (; t < job.keys; ++t) DotRows<Isa, true>(job, job.q, job.rows, t, job.scores, false);
 }
 
 // x = cap * tanh(x / cap).
@@ -218,7 +238,7 @@ template <class Isa>
 void Attend(const AttentionJob& job) {
   float factors[kRowBlock];
   if (job.rows <= kFewRows) {
-    for (size_t t = 0; t < job.keys; t += 4) DotRows<Isa>(job, job.q, job.rows, t, job.scores);
+    DotKeys<Isa>(job);
   } else {
     Turn<Isa>(job);
     const size_t scored = (job.keys + kVecFloats - 1) / kVecFloats * kVecFloats;

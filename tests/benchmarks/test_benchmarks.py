@@ -146,3 +146,15 @@ def test_memory_watches_the_conversion_and_two_processes(tmp_path: Path) -> None
         # Each maps all of the weights, and each is charged for half of them.
         assert process["Rss"] > document["packed_bytes"]
         assert process["Rss"] - process["Pss"] > 0.4 * document["packed_bytes"]
+
+
+def test_attention_compares_the_operators(tmp_path: Path) -> None:
+    sizes = ["--heads=4", "--kv-heads=2", "--size=16", "--past=70", "--prefill=20", "--layers=2", "--rounds=2"]
+    document, printed = run("attention.py", tmp_path, *sizes)
+    assert [(result["tokens"], result["past"]) for result in document["results"]] == [(1, 70), (20, 0)]
+    for result in document["results"]:
+        assert set(result["turn_medians"]) == {"GroupQueryAttention", "SparseAMXAttention"}
+        assert all(seconds > 0 for seconds in result["median_seconds"].values())
+        assert result["relative_error"] < 1e-4
+        assert result["cache_bytes"] == 2 * (result["tokens"] + result["past"]) * 2 * 16 * 4
+    assert "SparseAMXAttention" in printed
