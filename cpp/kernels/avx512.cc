@@ -128,6 +128,7 @@ struct Avx512Int4 : Avx512Integer {
   };
   using Weight = __m512i;
   static constexpr bool kStoredCodes = true;
+  static constexpr int kTurns = 1;
   template <bool Int4, bool Sparse>
   using Stream = ByteStream<true, Sparse>;
 
@@ -140,9 +141,8 @@ struct Avx512Int4 : Avx512Integer {
   static SPARAMX_INLINE IntVec Dot(const IntVec& sum, Weight w, const uint8_t* x) {
     return {sum.sums, _mm512_add_epi16(sum.words, _mm512_maddubs_epi16(w, _mm512_set1_epi32(LoadInt(x))))};
   }
-  static SPARAMX_INLINE void Settle(IntVec* sum) {
-    sum->sums = _mm512_add_epi32(sum->sums, _mm512_madd_epi16(sum->words, _mm512_set1_epi16(1)));
-    sum->words = _mm512_setzero_si512();
+  static SPARAMX_INLINE IntVec Settled(const IntVec& sum) {
+    return {_mm512_add_epi32(sum.sums, _mm512_madd_epi16(sum.words, _mm512_set1_epi16(1))), _mm512_setzero_si512()};
   }
   static SPARAMX_INLINE Vec Flush(Vec sum, const IntVec& ints, Vec scales, float x_scale) {
     return Avx512Integer::Flush(sum, ints.sums, scales, x_scale);

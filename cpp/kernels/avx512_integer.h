@@ -11,11 +11,14 @@ struct Avx512Integer : Avx512Base {
   using IntVec = __m512i;
   static constexpr size_t kDirectRows = 4;
   static constexpr size_t kBlockRows = 6;
+  // An expanded row comes every 3 cycles or more, and an integer product takes 5: two turns suffice, and every turn
+  // more costs an addition per segment.
+  static constexpr int kTurns = 2;
 
   static SPARAMX_INLINE IntVec ZeroInt() { return _mm512_setzero_si512(); }
   static SPARAMX_INLINE IntVec StartInt(int32_t v) { return _mm512_set1_epi32(v); }
   static SPARAMX_INLINE IntVec AddInt(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
-  static SPARAMX_INLINE void Settle(IntVec*) {}
+  static SPARAMX_INLINE IntVec Settled(IntVec sum) { return sum; }
   static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
     if (fp16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_loadu_ps(p);

@@ -4,6 +4,7 @@
 //   Vec, IntVec                16 float sums, 16 int32 sums
 //   kDirectRows                largest M whose sums stay in registers over all of K
 //   kBlockRows, kBlockStrips   register block for larger M
+//   kTurns                     sums that take turns where there are one or two: products take longer than rows come
 //   kStoredCodes               the panel holds codes as stored (CodeBias above their meaning, holes too), which
 //                              corrections undo; otherwise it holds signed numbers
 //   Expand<Int4, Sparse>(cursor, out)  expands one tile to 16 rows of 64 bytes and advances
@@ -11,7 +12,7 @@
 //   Stream<Int4, Sparse>       the rows of a strip, one after the other, for the direct way: BeginTile(), Row(row)
 //   StartInt(v)                sums that begin at v
 //   Dot(sum, w, x)             sum + the 4 products of each lane with the 4 codes at x
-//   Settle(sum)                called after 8 rows or a segment: a level may add up in 16 bits first
+//   Settled(sum)               called after 8 rows or a segment: a level may add up in 16 bits first
 //   AddInt, ZeroInt
 //   Scales(p, fp16)            16 weight scales
 //   Flush(sum, ints, scales, x_scale)  sum + ints * scales * x_scale
@@ -99,9 +100,7 @@ template <class Isa, int SegmentRows, int Rows, int Strips, class Source>
 SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments, size_t strip, size_t first,
                                   size_t last, const uint8_t* x, typename Isa::Vec (&sums)[Rows][Strips],
                                   Source& source) {
-  // An expanded row comes every 3 cycles or more, and an integer product takes 5: two turns suffice, and every turn
-  // more costs an addition per segment.
-  constexpr int kChains = Rows * Strips <= 2 ? 2 : 1;
+  constexpr int kChains = Rows * Strips <= 2 ? Isa::kTurns : 1;
   const PackedView& w = *job.weights;
   const uint8_t* codes = x + first * 64;
   size_t segment = first * (16 / SegmentRows) / segments.tiles;
@@ -110,11 +109,13 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
   const auto begin_segment = [&](int m) __attribute__((always_inline)) {
     const size_t at = segments.layout.corrections_at + Min(segment, segments.layout.segments - 1) * 4;
     const typename Isa::IntVec start = Isa::StartInt(Isa::kStoredCodes ? LoadInt(x + m * job.x_row_bytes + at) : 0);
+#pragma GCC unroll 2
     for (int s = 0; s < Strips; ++s) {
       ints[m][s][0] = start;
       for (int c = 1; c < kChains; ++c) ints[m][s][c] = Isa::ZeroInt();
     }
   };
+#pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m) begin_segment(m);
   for (size_t tile = first; tile < last; ++tile) {
     source.BeginTile();
@@ -131,9 +132,10 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
             ints[m][s][r % kChains] =
                 Isa::Dot(ints[m][s][r % kChains], weights[s], codes + m * job.x_row_bytes + row * 4);
         if ((r + 1) % (SegmentRows < 8 ? SegmentRows : 8) != 0) continue;
+#pragma GCC unroll 16
         for (int m = 0; m < Rows; ++m)
           for (int s = 0; s < Strips; ++s)
-            for (int c = 0; c < kChains; ++c) Isa::Settle(&ints[m][s][c]);
+            for (int c = 0; c < kChains; ++c) ints[m][s][c] = Isa::Settled(ints[m][s][c]);
       }
       if (SegmentRows == 16 && (tile + 1) % segments.tiles != 0 && tile + 1 < last) continue;
       const bool real = segment < segments.layout.segments;
