@@ -1,5 +1,6 @@
 #include "ort/host.h"
 
+#include <atomic>
 #include <new>
 
 #include "format/layout.h"
@@ -80,16 +81,37 @@ std::string ShapeText(const Shape& shape) {
   return "[" + text + "]";
 }
 
+namespace {
+
+// For an unknown length that has no name. ONNX Runtime takes an unnamed one for a length of -1, and then refuses models
+// whose Reshape has a -1 of its own; two lengths of one name it takes for equal, so each gets another.
+std::string NewName() {
+  static std::atomic<uint64_t> count{0};
+  return "sparamx_length_" + std::to_string(count++);
+}
+
+}  // namespace
+
+void InferredShape::SetLength(size_t dimension, int64_t length) {
+  lengths[dimension] = length;
+  names[dimension] = length < 0 ? NewName() : "";
+}
+
 InferredShape InferredInputShape(OrtShapeInferContext* context, size_t input) {
   const OrtApi& api = Ort::GetApi();
   OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
   Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, input, &info));
   size_t rank = 0;
   Ort::ThrowOnError(api.GetDimensionsCount(info, &rank));
-  InferredShape shape = {std::vector<int64_t>(rank), std::vector<const char*>(rank)};
+  InferredShape shape = {std::vector<int64_t>(rank), std::vector<std::string>(rank)};
   if (rank == 0) return shape;
+  std::vector<const char*> names(rank);
   Ort::ThrowOnError(api.GetDimensions(info, shape.lengths.data(), rank));
-  Ort::ThrowOnError(api.GetSymbolicDimensions(info, shape.names.data(), rank));
+  Ort::ThrowOnError(api.GetSymbolicDimensions(info, names.data(), rank));
+  for (size_t i = 0; i < rank; ++i) {
+    const bool is_unnamed = shape.lengths[i] < 0 && *names[i] == 0;
+    shape.names[i] = is_unnamed ? NewName() : names[i];
+  }
   return shape;
 }
 
@@ -130,8 +152,8 @@ void InferOutput(OrtShapeInferContext* context, size_t output, const InferredSha
   const Ort::TensorTypeAndShapeInfo info(raw);
   Ort::ThrowOnError(api.SetTensorElementType(raw, type));
   Ort::ThrowOnError(api.SetDimensions(raw, shape.lengths.data(), shape.lengths.size()));
-  // ONNX Runtime copies the names; it takes them through pointers that may change.
-  std::vector<const char*> names = shape.names;
+  std::vector<const char*> names;  // ONNX Runtime copies them
+  for (const std::string& name : shape.names) names.push_back(name.c_str());
   Ort::ThrowOnError(api.SetSymbolicDimensions(raw, names.data(), names.size()));
   Ort::ThrowOnError(api.ShapeInferContext_SetOutputTypeShape(context, output, raw));
 }

@@ -58,17 +58,13 @@ struct Tensor {
 
 Tensor Read(const OrtApi& api, const OrtValue* value);
 
-// A shape where ONNX Runtime infers shapes: -1 stands for a length that is not known, which may have a name. (The
-// headers' own class for this is no use: that of 1.21 writes -2 for a dimension with a name, which newer runtimes
-// refuse.)
+// A shape where ONNX Runtime infers shapes: -1 stands for a length that is not known, and has a name. (The headers' own
+// class for this is no use: that of 1.21 writes -2 for a dimension with a name, which newer runtimes refuse.)
 struct InferredShape {
   std::vector<int64_t> lengths;  // none: the rank is not known
-  std::vector<const char*> names;
+  std::vector<std::string> names;
 
-  void SetLength(size_t dimension, int64_t length) {
-    lengths[dimension] = length;
-    names[dimension] = "";
-  }
+  void SetLength(size_t dimension, int64_t length);
 };
 
 // These throw where ONNX Runtime refuses.

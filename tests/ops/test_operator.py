@@ -166,3 +166,33 @@ def test_outputs_that_do_not_fit(weight, outputs: list[str], attributes: dict, c
     blob = packing.pack(weight(np.random.default_rng(6), 64, 48, 0.5, holes=False), PackOptions())
     with pytest.raises(Exception, match=f"SparseAMXMatMul node.*{complaint}"):
         _session(blob, 64, 48, outputs=outputs, **attributes)
+
+
+def test_lengths_without_a_name_stay_unknown(weight) -> None:
+    """A length of -1 would be taken for the -1 of the Reshape, which may stand there only once."""
+    w = weight(np.random.default_rng(3), 64, 48, 0.5, holes=False)
+    nodes = [
+        helper.make_node(SPARSE_AMX_MATMUL.name, ["x", "w"], ["y"], domain=DOMAIN, K=64, N=48),
+        helper.make_node("Shape", ["y"], ["rows"], start=0, end=2),
+        helper.make_node("Concat", ["rows", "heads"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["y", "shape"], ["z"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, 64])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(packing.pack(w, PackOptions(WeightType.FP32)), "w"),
+            numpy_helper.from_array(np.array([-1, 16]), "heads"),
+        ],
+    )
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    options = onnxruntime.SessionOptions()
+    library.register(options)
+    model = helper.make_model(graph, ir_version=10, opset_imports=imports).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    x = np.ones((2, 5, 64), np.float32)
+    z = session.run(None, {"x": x})[0]
+    assert z.shape == (2, 5, 3, 16)
+    assert _error(z.reshape(2, 5, 48), (x @ w)) <= TOLERANCE
