@@ -13,6 +13,7 @@ from typing import Final
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.fold_constants import NotConstant
+from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings, FuseSiblingsPass
 from sparamx_onnx.graph_passes.inline_functions import inline_functions
 from sparamx_onnx.graph_passes.kept_codes import KeptCodes, kept_codes
 from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayer, LinearLayerFinder
@@ -81,6 +82,8 @@ class ConvertOptions:
         include: Regular expressions; if there are any, only layers that one of them matches are converted. They are
             searched in the names of the node, of the weight and of the module it came from.
         exclude: Regular expressions; layers that one of them matches are left alone.
+        fuse_siblings: ``auto`` makes one operator of layers with the same input where that was measured to be faster,
+            ``always`` wherever it can be done, ``never`` nowhere.
         only_if_faster: Leave layers alone that would hardly be smaller than the dense weight is in float32.
         threads: Threads to pack with; 0 takes one per core. The result does not depend on it.
     """
@@ -92,6 +95,7 @@ class ConvertOptions:
     scale_type: ScaleType | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    fuse_siblings: FuseSiblings = FuseSiblings.AUTO
     only_if_faster: bool = False
     threads: int = 0
 
@@ -102,7 +106,8 @@ class ConvertOptions:
             SparamxError: Says which and why.
         """
         # Plain strings are welcome, as they come from a command line.
-        for name, kind in (("method", Method), ("weights", WeightType), ("scale_type", ScaleType)):
+        kinds = {"method": Method, "weights": WeightType, "scale_type": ScaleType, "fuse_siblings": FuseSiblings}
+        for name, kind in kinds.items():
             if getattr(self, name) is None:
                 continue
             try:
@@ -178,6 +183,7 @@ class ConvertOptions:
             "scale_type": None if self.scale_type is None else self.scale_type.value,
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "fuse_siblings": self.fuse_siblings.value,
             "only_if_faster": self.only_if_faster,
         }
 
@@ -209,6 +215,7 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
     if options.only_if_faster:
         chosen = [candidate for candidate in chosen if _is_faster(candidate.plan)]
     RewriteMatMulPass(chosen)(model)
+    FuseSiblingsPass(chosen, options.fuse_siblings)(model)
     if chosen:
         model.metadata_props[VERSION_KEY] = library.version()
         record = options.to_json()

@@ -94,13 +94,15 @@ class NodePlan:
         graph: Name of the If, Loop or Scan node, or of the function, whose body holds it; None in the main graph.
         weight: Name of the weight as it stands in the input model.
         packed: Name of the packed initializer; several nodes may share one.
+        fused: Name of the sparse operator that computes this layer together with its siblings; None where it has an
+            operator of its own, which keeps the node's name.
         weight_type: Type of the packed weights.
         group_size: Weights along K that share a scale; None for types other than int4.
         k: Rows of the weight (the node's inputs), None if unknown.
         n: Columns of the weight (the node's outputs), None if unknown.
         nnz: Packed weights that are not zero; before writing a pruned model, what pruning will leave at most.
         bytes_before: Size of the weight in the input model.
-        bytes_after: Size of the packed weight.
+        bytes_after: Size of the packed weight; of a fused layer, of its own part, as it would be alone.
         bias: Whether a bias is computed in the node, its own or an absorbed Add.
         epilogue: The activation function that is computed in the node.
         absorbed: Names of the other nodes that the sparse operator replaces.
@@ -120,6 +122,7 @@ class NodePlan:
     graph: str | None = None
     weight: str | None = None
     packed: str | None = None
+    fused: str | None = None
     weight_type: str | None = None
     group_size: int | None = None
     k: int | None = None
@@ -160,6 +163,7 @@ class NodePlan:
             "text": self.text,
             "weight": self.weight,
             "packed": self.packed,
+            "fused": self.fused,
             "weight_type": self.weight_type,
             "group_size": self.group_size,
             "k": self.k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import onnx_ir as ir
 
@@ -15,7 +16,8 @@ from sparamx_onnx.graph_passes.products import Bias, NewNodes
 from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_MATMUL, Epilogue
 from sparamx_onnx.ops.packing import Form, PackedInfo, PackOptions
 
-_SUFFIX = ".sparamx"
+SUFFIX: Final = ".sparamx"
+"""Ends the names of initializers that the conversion adds."""
 
 # The operators between a constant, or the scale of activations, and its use that nobody needs once the use is gone.
 _REMOVABLE = frozenset(
@@ -84,7 +86,7 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the model in place."""
-        names = _Names(model)
+        names = Names(model)
         packed: dict[Hashable, PackedWeight] = {}
         holders: dict[tuple[Hashable, int], ir.Value] = {}
         replaced: dict[ir.Value, ir.Value] = {}
@@ -93,7 +95,7 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
             weight = packed.get(chosen.weight_key)
             place = (chosen.weight_key, id(chosen.layer.node.graph))
             if place not in holders:
-                name = names.unused(f"{chosen.layer.weight.name}{_SUFFIX}")
+                name = names.unused(f"{chosen.layer.weight.name}{SUFFIX}")
                 weight = weight or chosen.packed_weight(name)
                 packed[chosen.weight_key] = weight
                 holders[place] = _add_packed_weight(model, chosen.layer.node.graph, name, weight)
@@ -102,7 +104,7 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
             chosen.plan.packed = holders[place].name
             chosen.plan.shared = weight.name
             candidates.extend(_replace(model, chosen.layer, holders[place], names, replaced))
-        _remove_unused(candidates, model)
+        remove_unused(candidates)
         for chosen in self._chosen:
             chosen.plan.keeps_dense = chosen.layer.weight.root.graph is not None
         if self._chosen:
@@ -113,7 +115,7 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
 def _add_packed_weight(model: ir.Model, graph: object, name: str, weight: PackedWeight) -> ir.Value:
     assert isinstance(graph, ir.Graph)
     value = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), const_value=weight)
-    _register(model, graph, value)
+    register_initializer(model, graph, value)
     return value
 
 
@@ -127,7 +129,7 @@ def _record_in(plan: NodePlan) -> Callable[[PackedInfo], None]:
     return record
 
 
-class _Names:
+class Names:
     """The names of all values of a model, of all graphs: a body must not shadow a name of the graph around it."""
 
     def __init__(self, model: ir.Model) -> None:
@@ -139,6 +141,7 @@ class _Names:
                 self._used.update(value.name for value in node.outputs if value.name)
 
     def unused(self, wanted: str) -> str:
+        """The name, or the name with a number, that nothing has yet; taken from now on."""
         name = wanted
         number = 1
         while name in self._used:
@@ -148,28 +151,29 @@ class _Names:
         return name
 
 
-def _register(model: ir.Model, graph: ir.Graph, value: ir.Value) -> None:
+def register_initializer(model: ir.Model, graph: ir.Graph, value: ir.Value) -> None:
+    """Adds an initializer to a graph of a model."""
     graph.register_initializer(value)
     if (model.ir_version or _EXTERNAL_INITIALIZERS_SINCE_IR) < _EXTERNAL_INITIALIZERS_SINCE_IR:
         # Such old models list every initializer among the inputs of its graph.
         graph.inputs.append(value)
 
 
-def _bias_value(model: ir.Model, layer: LinearLayer, bias: Bias, names: _Names) -> ir.Value:
+def _bias_value(model: ir.Model, layer: LinearLayer, bias: Bias, names: Names) -> ir.Value:
     constant = bias.constant
     if not constant.steps and constant.shape == (layer.n,) and bias.scale == 1.0:
         return constant.root
-    name = names.unused(f"{constant.name}{_SUFFIX}")
+    name = names.unused(f"{constant.name}{SUFFIX}")
     tensor = ir.Tensor(bias.numpy(layer.n), name=name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph = layer.node.graph
     assert isinstance(graph, ir.Graph)
-    _register(model, graph, value)
+    register_initializer(model, graph, value)
     return value
 
 
 def _replace(
-    model: ir.Model, layer: LinearLayer, packed: ir.Value, names: _Names, replaced: dict[ir.Value, ir.Value]
+    model: ir.Model, layer: LinearLayer, packed: ir.Value, names: Names, replaced: dict[ir.Value, ir.Value]
 ) -> list[ir.Value]:
     """Puts new nodes in the place of a layer's nodes; returns the inputs that may have become unused.
 
@@ -208,17 +212,17 @@ def _replace(
     return freed
 
 
-def _around(make: NewNodes | None, value: ir.Value, layer: LinearLayer, names: _Names) -> Sequence[ir.Node]:
+def _around(make: NewNodes | None, value: ir.Value, layer: LinearLayer, names: Names) -> Sequence[ir.Node]:
     """The nodes before or after a product, with names of their own."""
     nodes = [] if make is None else make(value)
     for node in nodes:
         node.name = f"{layer.node.name}/{node.op_type}"
         for output in node.outputs:
-            output.name = names.unused(f"{node.name}{_SUFFIX}")
+            output.name = names.unused(f"{node.name}{SUFFIX}")
     return nodes
 
 
-def _remove_unused(values: Iterable[ir.Value], model: ir.Model) -> None:
+def remove_unused(values: Iterable[ir.Value]) -> None:
     """Removes constants that nobody uses, and the nodes that only they led to."""
     stack = list(values)
     while stack:

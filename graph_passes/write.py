@@ -14,7 +14,7 @@ from typing import BinaryIO, Final
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.mapped import external_range
-from sparamx_onnx.graph_passes.packed_weight import PackedWeight
+from sparamx_onnx.graph_passes.packed_weight import PackedTensor
 from sparamx_onnx.ops.errors import SparamxError
 
 DATA_SUFFIX: Final = ".data"
@@ -122,7 +122,7 @@ def _external_items(model: ir.Model) -> Iterator[_Item]:
         tensor = value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING:
             continue
-        if isinstance(tensor, PackedWeight | ir.ExternalTensor) or tensor.nbytes > _INLINE_BYTES:
+        if isinstance(tensor, PackedTensor | ir.ExternalTensor) or tensor.nbytes > _INLINE_BYTES:
             yield _initializer_item(value, tensor)
     for node, attribute in _attributes(model):
         if attribute.type == ir.AttributeType.TENSOR:
@@ -158,7 +158,7 @@ def _attributes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
 def _initializer_item(value: ir.Value, tensor: ir.TensorProtocol) -> _Item:
     def hold(external: ir.TensorProtocol) -> None:
         value.const_value = external
-        if isinstance(tensor, PackedWeight):
+        if isinstance(tensor, PackedTensor):
             value.shape = tensor.shape
 
     def release() -> None:
@@ -185,9 +185,12 @@ def _release(items: Iterable[_Item]) -> None:
 def _external_files(items: Iterable[_Item]) -> Iterator[Path]:
     """The files that the tensors are read from."""
     for item in items:
-        source = item.tensor.weight.tensor if isinstance(item.tensor, PackedWeight) else item.tensor
-        if isinstance(source, ir.ExternalTensor):
-            yield Path(source.path)
+        tensors = [item.tensor]
+        if isinstance(item.tensor, PackedTensor):
+            tensors = [source.tensor for source in item.tensor.sources]
+        for tensor in tensors:
+            if isinstance(tensor, ir.ExternalTensor):
+                yield Path(tensor.path)
 
 
 def _check_destination(path: Path, data_path: Path, overwrite: bool, inputs: Iterable[str | os.PathLike[str]]) -> None:
@@ -233,7 +236,7 @@ def _write_data(
         if key in written:
             advance(_source_bytes(tensor))
         else:
-            if isinstance(tensor, PackedWeight):
+            if isinstance(tensor, PackedTensor):
                 blob = tensor.pack()
                 offset = _align(end, _LARGE_ALIGNMENT if blob.size >= _LARGE else _PAGE)
                 with _writing(file.target):
@@ -256,7 +259,7 @@ def _write_data(
 
 
 def _source_bytes(tensor: ir.TensorProtocol) -> int:
-    return tensor.source_bytes if isinstance(tensor, PackedWeight) else tensor.nbytes
+    return tensor.source_bytes if isinstance(tensor, PackedTensor) else tensor.nbytes
 
 
 def _content_key(tensor: ir.TensorProtocol) -> object:

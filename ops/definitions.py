@@ -9,6 +9,9 @@ from typing import Final
 DOMAIN: Final = "com.sparamx"
 DOMAIN_VERSION: Final = 1
 
+SPLIT_MULTIPLE: Final = 16
+"""All outputs of a SparseAMXMatMul but the last have a multiple of so many columns."""
+
 
 class Epilogue(StrEnum):
     """What is applied to ``X W + B``."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -123,6 +126,11 @@ _HEADER_BYTES = 128
 _SECTION_BYTES = 24
 _ALIGNMENT = 64
 _TAIL_BYTES = 64
+_SECTION = "<IIQQ"
+_SECTION_OFFSETS, _SECTION_VALUES = 1, 3
+# Where fields of the header stand: N, the blob's bytes and nnz, 8 bytes each; the number of sections.
+_N_AT, _SECTION_COUNT_AT = 32, 76
+_EMPTY = np.zeros(0, np.uint8)
 _CODE_BYTES = {WeightType.FP32: 4, WeightType.BF16: 2, WeightType.INT8: 1}
 # Types whose zeros can be told weight by weight.
 _COUNTED = (WeightType.FP32, WeightType.BF16)
@@ -309,6 +317,68 @@ def _size_to_allocate(w: npt.NDArray[np.generic], options: PackOptions) -> int:
         k, n = w.shape
         return expected_size(k, n, count_nonzero(w, options.weight_type), options.weight_type, options.form)[0]
     return packed_size(w, options)
+
+
+def join(blobs: Sequence[Blob]) -> Blob:
+    """The blob of several matrices side by side: what packing [W0, W1, ...] along N in the same form would give.
+
+    Every section goes from strip to strip along N, so the joined ones follow each other.
+
+    Args:
+        blobs: Packed weights [K, N of each] of one type, form, scale type and group size; all but the last have a
+            multiple of 16 columns.
+
+    Returns:
+        The packed weight [K, N of all].
+
+    Raises:
+        SparamxError: A blob is damaged, or they do not fit together.
+    """
+    infos = [describe(blob) for blob in blobs]
+    kinds = {dataclasses.replace(info, n=0, nnz=0, blob_bytes=0) for info in infos}
+    if len(kinds) != 1:
+        raise SparamxError("Packed weights that are joined must have the same K, type, form, scales and groups.")
+    if any(info.n % _STRIP for info in infos[:-1]):
+        raise SparamxError(f"All packed weights that are joined but the last must have a multiple of {_STRIP} columns.")
+    tables = [_sections(blob) for blob in blobs]
+    identifiers = sorted(set().union(*tables))
+    joined = [[table.get(identifier, _EMPTY) for table in tables] for identifier in identifiers]
+    if identifiers[0] == _SECTION_OFFSETS:
+        joined[0] = [_joined_offsets([section.view("<u8") for section in joined[0]])]
+    places: list[int] = []
+    end = _HEADER_BYTES + _SECTION_BYTES * len(identifiers)
+    for identifier, parts in zip(identifiers, joined, strict=True):
+        places.append(_aligned(end))
+        end = places[-1] + sum(part.size for part in parts) + _TAIL_BYTES * (identifier == _SECTION_VALUES)
+    out = np.zeros(_aligned(end), np.uint8)
+    out[:_HEADER_BYTES] = blobs[0][:_HEADER_BYTES]
+    struct.pack_into("<QQQ", out, _N_AT, sum(info.n for info in infos), out.size, sum(info.nnz for info in infos))
+    struct.pack_into("<I", out, _SECTION_COUNT_AT, len(identifiers))
+    for index, (identifier, place, parts) in enumerate(zip(identifiers, places, joined, strict=True)):
+        size = sum(part.size for part in parts)
+        struct.pack_into(_SECTION, out, _HEADER_BYTES + index * _SECTION_BYTES, identifier, 0, place, size)
+        for part in parts:
+            out[place : place + part.size] = part
+            place += part.size
+    return out
+
+
+def _sections(blob: Blob) -> dict[int, Blob]:
+    """The sections of a checked blob, by their numbers."""
+    table = blob[_HEADER_BYTES:]
+    (count,) = struct.unpack_from("<I", blob, _SECTION_COUNT_AT)
+    entries = (struct.unpack_from(_SECTION, table, index * _SECTION_BYTES) for index in range(count))
+    return {identifier: blob[offset : offset + size] for identifier, _, offset, size in entries}
+
+
+def _joined_offsets(parts: Sequence[npt.NDArray[np.uint64]]) -> Blob:
+    """Each counts from its own first value; the last entry is the total, where the next one begins."""
+    pieces: list[npt.NDArray[np.uint64]] = []
+    before = np.uint64(0)
+    for part in parts:
+        pieces.append(part[:-1] + before)
+        before += part[-1]
+    return np.concatenate([*pieces, np.array([before], "<u8")]).astype("<u8").view(np.uint8)
 
 
 def _blob(blob: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> Blob:

@@ -181,6 +181,13 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     multiple=True,
     help="Leave layers alone whose node, weight or module name matches. Repeatable.",
 )
+@click.option(
+    "--fuse-siblings",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Make one operator of layers with the same input, such as query, key and value. auto: where it is faster.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @_json_option
@@ -194,6 +201,7 @@ def convert(
     scale_type: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    fuse_siblings: str,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -221,6 +229,7 @@ def convert(
             scale_type=scale_type,
             include=include,
             exclude=exclude,
+            fuse_siblings=fuse_siblings,
             force=force,
             dry_run=dry_run,
             progress=progress,

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.graph_passes import pipeline, write
+from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.packing import ScaleType, WeightType
@@ -65,6 +66,7 @@ def convert(
     scale_type: str | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    fuse_siblings: str = "auto",
     force: bool = False,
     dry_run: bool = False,
     progress: Report | None = None,
@@ -89,6 +91,8 @@ def convert(
         include: Regular expressions; if any are given, only layers whose name one of them finds are converted. An
             output layer, which ``magnitude`` spares, is pruned if it is named here.
         exclude: Regular expressions; layers whose name one of them finds are left alone.
+        fuse_siblings: Whether layers with the same input, such as query, key and value, become one operator: ``auto``
+            where that is faster, ``always`` or ``never``.
         force: Replace the output if it exists.
         dry_run: Plan, measure, and write nothing.
         progress: Called with (done, total, what is going on).
@@ -107,6 +111,7 @@ def convert(
         scale_type=cast(ScaleType | None, scale_type),
         include=tuple(include),
         exclude=tuple(exclude),
+        fuse_siblings=cast(FuseSiblings, fuse_siblings),
     )
     source = Path(model)
     target = source.with_name(f"{source.stem}.sparse.onnx") if output is None else Path(output)

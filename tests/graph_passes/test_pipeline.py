@@ -53,6 +53,7 @@ def test_defaults() -> None:
         "scale_type": None,
         "include": ["a"],
         "exclude": [],
+        "fuse_siblings": "auto",
         "only_if_faster": False,
     }
 
@@ -323,5 +324,6 @@ def test_the_record_in_the_model(workbench, make_model, sparse) -> None:
         "scale_type": None,
         "include": ["w"],
         "exclude": [],
+        "fuse_siblings": "auto",
         "only_if_faster": False,
     }

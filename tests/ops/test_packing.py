@@ -335,3 +335,31 @@ def test_given_scales_that_cannot_be_used() -> None:
         packing.pack(w, int4, np.full((2, 3), 1e-3, np.float32))
     with pytest.raises(SparamxError, match=r"must have the shape \[0, 3\]"):
         packing.pack(w, PackOptions(WeightType.BF16), np.ones((1, 3), np.float32))
+
+
+@pytest.mark.parametrize("weight_type", list(WeightType))
+@pytest.mark.parametrize("form", [Form.SPARSE, Form.DENSE])
+@pytest.mark.parametrize(("k", "widths"), [(70, (16, 32, 5)), (1100, (48, 64)), (512, (16,)), (3, (32, 16, 16))])
+def test_joined_blobs_are_those_of_the_joined_matrix(
+    weight_type: WeightType, form: Form, k: int, widths: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(k)
+    parts = [rng.standard_normal((k, n), np.float32) for n in widths]
+    for part in parts:
+        part[rng.random(part.shape) < 0.5] = 0
+    options = PackOptions(weight_type, form)
+    joined = packing.join([packing.pack(part, options) for part in parts])
+    assert joined.tobytes() == packing.pack(np.concatenate(parts, axis=1), options).tobytes()
+
+
+def test_blobs_that_cannot_be_joined() -> None:
+    w = np.ones((8, 24), np.float32)
+    blob = packing.pack(w, PackOptions())
+    others = [(w, WeightType.INT8), (np.ones((9, 16), np.float32), WeightType.BF16)]
+    for other, weight_type in others:
+        with pytest.raises(SparamxError, match="must have the same K, type, form"):
+            packing.join([blob, packing.pack(other, PackOptions(weight_type))])
+    with pytest.raises(SparamxError, match="multiple of 16 columns"):
+        packing.join([blob, blob])
+    with pytest.raises(SparamxError, match="must have the same"):
+        packing.join([])
