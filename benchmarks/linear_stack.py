@@ -21,7 +21,7 @@ def write(path: Path, k: int, n: int, layers: int, sparsity: float, seed: int = 
     `sparsity` of it zero, with its rows rotated differently in each layer: different bytes without drawing them all.
     They are scaled so that activations keep their size from layer to layer.
     """
-    base = _draw(k, n, sparsity, seed)
+    base = draw(k, n, sparsity, seed)
     data = path.with_name(path.name + ".data")
     nodes, initializers = [], []
     current = "X"
@@ -34,7 +34,7 @@ def write(path: Path, k: int, n: int, layers: int, sparsity: float, seed: int = 
             turn = k * layer // layers
             file.write(base[turn:].data)
             file.write(base[:turn].data)
-            initializers.append(_external(name, [k, n], data.name, offset, base.nbytes))
+            initializers.append(external(name, [k, n], data.name, offset, base.nbytes))
             file.write(bytes(-file.tell() % _ALIGNMENT))
             output = "Y" if layer == layers - 1 else f"Y_{layer}"
             nodes.append(helper.make_node("MatMul", [current, name], [output], name=f"layer.{layer}"))
@@ -63,7 +63,8 @@ def write(path: Path, k: int, n: int, layers: int, sparsity: float, seed: int = 
     onnx.save(model, path)
 
 
-def _draw(k: int, n: int, sparsity: float, seed: int) -> NDArray[np.float32]:
+def draw(k: int, n: int, sparsity: float, seed: int) -> NDArray[np.float32]:
+    """A random matrix [k, n] with so many zeros, scaled so that a product has the size of its input."""
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((k, n), np.float32)
     weights *= np.float32(1 / np.sqrt(max(k * (1 - sparsity), 1)))
@@ -71,7 +72,8 @@ def _draw(k: int, n: int, sparsity: float, seed: int) -> NDArray[np.float32]:
     return weights
 
 
-def _external(name: str, shape: list[int], location: str, offset: int, length: int) -> TensorProto:
+def external(name: str, shape: list[int], location: str, offset: int, length: int) -> TensorProto:
+    """An initializer whose values lie in a file beside the model."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)

@@ -201,7 +201,7 @@ def _replace(
     product.type = ir.TensorType(ir.DataType.FLOAT)
     after = _around(layer.after, product, layer, names)
     if after:
-        product.name = names.unused(f"{layer.node.name}{_SUFFIX}")
+        product.name = names.unused(f"{layer.node.name}{SUFFIX}")
     old = layer.output
     output = after[-1].outputs[0] if after else product
     output.doc_string = old.doc_string

@@ -158,3 +158,20 @@ def test_attention_compares_the_operators(tmp_path: Path) -> None:
         assert result["relative_error"] < 1e-4
         assert result["cache_bytes"] == 2 * (result["tokens"] + result["past"]) * 2 * 16 * 4
     assert "SparseAMXAttention" in printed
+
+
+def test_siblings_are_timed_apart_and_fused(tmp_path: Path) -> None:
+    document, printed = run(
+        "siblings.py",
+        tmp_path,
+        *f"--cases qkv-384 --megabytes 4 --m 1,5 --weights bf16 --rounds 2 --folder {tmp_path}".split(),
+    )
+    assert [(cell["case"], cell["weights"], cell["m"]) for cell in document["cells"]] == [
+        ("qkv-384", "bf16", 1),
+        ("qkv-384", "bf16", 5),
+    ]
+    for cell in document["cells"]:
+        low, high = cell["faster_quartiles"]
+        assert 0 < low <= high
+        assert cell["faster"] == pytest.approx(cell["block_seconds"]["never"] / cell["block_seconds"]["always"])
+        assert f"{cell['faster']:.3f}x" in printed

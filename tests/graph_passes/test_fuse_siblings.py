@@ -200,3 +200,12 @@ def test_one_form_for_all_siblings(workbench, make_model, sparse) -> None:
             "converted" if form is packing.Form.SPARSE else "packed_dense"
         }
         assert converted.error({"x": _x(2)}) <= 1e-5
+
+
+@pytest.mark.parametrize(("widths", "fused"), [((K, 48, 48), True), ((2 * K, 2 * K), True), ((3 * K, 2 * K), False)])
+def test_auto_fuses_what_is_faster(workbench, make_model, sparse, widths: tuple[int, ...], fused: bool) -> None:
+    nodes = [node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(len(widths))]
+    weights = {f"w{i}": sparse((K, n), seed=i) for i, n in enumerate(widths)}
+    proto = make_model(nodes, {"x": (2, K)}, [f"y{i}" for i in range(len(widths))], weights)
+    assert len(workbench.convert(proto).op_types) == (1 if fused else len(widths))
+    assert len(workbench.convert(proto, fuse_siblings="never").op_types) == len(widths)
