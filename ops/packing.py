@@ -352,11 +352,11 @@ def join(blobs: Sequence[Blob]) -> Blob:
         end = places[-1] + sum(part.size for part in parts) + _TAIL_BYTES * (identifier == _SECTION_VALUES)
     out = np.zeros(_aligned(end), np.uint8)
     out[:_HEADER_BYTES] = blobs[0][:_HEADER_BYTES]
-    struct.pack_into("<QQQ", out, _N_AT, sum(info.n for info in infos), out.size, sum(info.nnz for info in infos))
-    struct.pack_into("<I", out, _SECTION_COUNT_AT, len(identifiers))
+    struct.pack_into("<QQQ", out.data, _N_AT, sum(info.n for info in infos), out.size, sum(info.nnz for info in infos))
+    struct.pack_into("<I", out.data, _SECTION_COUNT_AT, len(identifiers))
     for index, (identifier, place, parts) in enumerate(zip(identifiers, places, joined, strict=True)):
         size = sum(part.size for part in parts)
-        struct.pack_into(_SECTION, out, _HEADER_BYTES + index * _SECTION_BYTES, identifier, 0, place, size)
+        struct.pack_into(_SECTION, out.data, _HEADER_BYTES + index * _SECTION_BYTES, identifier, 0, place, size)
         for part in parts:
             out[place : place + part.size] = part
             place += part.size
@@ -366,8 +366,8 @@ def join(blobs: Sequence[Blob]) -> Blob:
 def _sections(blob: Blob) -> dict[int, Blob]:
     """The sections of a checked blob, by their numbers."""
     table = blob[_HEADER_BYTES:]
-    (count,) = struct.unpack_from("<I", blob, _SECTION_COUNT_AT)
-    entries = (struct.unpack_from(_SECTION, table, index * _SECTION_BYTES) for index in range(count))
+    (count,) = struct.unpack_from("<I", blob.data, _SECTION_COUNT_AT)
+    entries = (struct.unpack_from(_SECTION, table.data, index * _SECTION_BYTES) for index in range(count))
     return {identifier: blob[offset : offset + size] for identifier, _, offset, size in entries}
 
 
