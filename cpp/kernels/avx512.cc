@@ -52,35 +52,63 @@ struct Avx512Fp32 : Avx512Base {
   }
 };
 
+// places[mask]: a vpshufb control that moves packed words to where the mask has bits and puts zeros elsewhere.
+struct WordTable {
+  alignas(64) uint8_t places[256][16];
+};
+
+constexpr WordTable MakeWordTable() {
+  WordTable t = {};
+  for (int mask = 0; mask < 256; ++mask) {
+    int next = 0;
+    for (int i = 0; i < 8; ++i) {
+      const bool set = (mask >> i & 1) != 0;
+      t.places[mask][2 * i] = static_cast<uint8_t>(set ? 2 * next : 0x80);
+      t.places[mask][2 * i + 1] = static_cast<uint8_t>(set ? 2 * next + 1 : 0x80);
+      next += set;
+    }
+  }
+  return t;
+}
+
+constexpr WordTable kWordTable = MakeWordTable();
+
 struct Avx512Bf16 : Avx512Base {
   static constexpr int kSteps = 32;
   static constexpr size_t kPanelTileBytes = 32 * 64;
   static constexpr size_t kPanelTiles = 8;
 
-  // 16 bf16 of one half row as fp32, in the order (column, part).
-  template <bool Sparse>
-  static SPARAMX_INLINE __m512 Half(const uint8_t* values, uint32_t mask) {
-    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-    const __m512i expanded = Sparse ? _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), words) : words;
-    return _mm512_castsi512_ps(_mm512_slli_epi32(expanded, 16));
+  static SPARAMX_INLINE __m512i Lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+    __m512i lanes = _mm512_castsi128_si512(LoadLane(a));
+    lanes = _mm512_inserti32x4(lanes, LoadLane(b), 1);
+    lanes = _mm512_inserti32x4(lanes, LoadLane(c), 2);
+    return _mm512_inserti32x4(lanes, LoadLane(d), 3);
+  }
+
+  // 32 bf16: a row, the two parts of a column side by side.
+  static SPARAMX_INLINE __m512i Pairs(const uint8_t* values, const uint8_t* masks) {
+    const uint32_t mask = LoadU32(masks);
+    const uint8_t* second = values + 2 * static_cast<size_t>(__builtin_popcount(mask & 0xff));
+    const uint8_t* third = values + 2 * static_cast<size_t>(__builtin_popcount(mask & 0xffff));
+    const uint8_t* fourth = values + 2 * static_cast<size_t>(__builtin_popcount(mask & 0xffffff));
+    const auto& places = kWordTable.places;
+    return _mm512_shuffle_epi8(Lanes(values, second, third, fourth),
+                               Lanes(places[masks[0]], places[masks[1]], places[masks[2]], places[masks[3]]));
   }
 
   template <bool Sparse>
   static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     const uint8_t* values = cursor->values;
     if (Sparse) Prefetch(cursor->masks + kPrefetchBytes / 8);
 #pragma GCC unroll 16
     for (int row = 0; row < 16; ++row) {
-      const uint32_t mask = Sparse ? LoadU32(cursor->masks + 4 * row) : 0xffffffffu;
-      const __m512 low = Half<Sparse>(values, mask & 0xffff);
-      const size_t low_count = Sparse ? static_cast<size_t>(__builtin_popcount(mask & 0xffff)) : 16;
-      const __m512 high = Half<Sparse>(values + 2 * low_count, mask >> 16);
-      _mm512_store_ps(out + row * 128, _mm512_permutex2var_ps(low, even, high));
-      _mm512_store_ps(out + row * 128 + 64, _mm512_permutex2var_ps(low, odd, high));
+      const uint8_t* masks = Sparse ? cursor->masks + 4 * row : nullptr;
+      const __m512i pairs = Sparse ? Pairs(values, masks) : _mm512_loadu_si512(values);
+      _mm512_store_si512(out + row * 128, _mm512_slli_epi32(pairs, 16));
+      _mm512_store_si512(out + row * 128 + 64, _mm512_and_si512(pairs, upper));
       Prefetch(values + kPrefetchBytes);
-      values += Sparse ? 2 * static_cast<size_t>(__builtin_popcount(mask)) : 64;
+      values += Sparse ? 2 * static_cast<size_t>(__builtin_popcount(LoadU32(masks))) : 64;
     }
     if (Sparse) cursor->masks += 64;
     cursor->values = values;
