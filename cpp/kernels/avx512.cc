@@ -1,7 +1,10 @@
-// AVX-512 F, BW, DQ, VL without VBMI2 and VNNI (Skylake): only vpexpandd exists, so bf16 is widened first.
+// AVX-512 F, BW, DQ, VL without VBMI2 and VNNI (Skylake): the only expansion is vpexpandd, of 32-bit elements.
 //
-// Expanding a row of 16 fp32 weights: kmovw (port 5), vpexpandd (2 x port 5), popcnt. A row of 32 bf16 weights: twice
-// vpmovzxwd (port 5) + kmovw + vpexpandd, two shifts, then two vpermt2ps (port 5) from the pair order to one row per k.
+// Expanding a row of 16 fp32 weights: kmovw (port 5), vpexpandd (2 x port 5), popcnt. A row of 32 bf16 weights: every
+// mask byte selects a row of a table in L1, the control of a vpshufb for the 128-bit lane that its 8 words fill; four
+// loads each (three of them vinserti32x4 from memory, port 0 or 5) bring lanes and controls together, one vpshufb
+// (port 5) moves the words, a shift and an and make two fp32 rows of them. (Widening to 32 bits, two vpexpandd and two
+// vpermt2ps keep port 5 busy for 10 cycles: one row of X then takes half as long again.)
 // Registers at M > 8: 12 x 2 sums, 2 weight rows, broadcasts from memory. At M <= 8: one sum per row (4 at M = 1).
 //
 // A row of 64 int8 weights: expand_bytes.h, then vpxord, vpabsb and vpcmpub make magnitudes and a mask of the negative;
