@@ -175,3 +175,11 @@ def test_siblings_are_timed_apart_and_fused(tmp_path: Path) -> None:
         assert 0 < low <= high
         assert cell["faster"] == pytest.approx(cell["block_seconds"]["never"] / cell["block_seconds"]["always"])
         assert f"{cell['faster']:.3f}x" in printed
+
+
+def test_overhead_times_every_weight_type(tmp_path: Path) -> None:
+    document, printed = run("overhead.py", tmp_path, "--layers=3", "--rounds=3", f"--folder={tmp_path}")
+    assert [result["layer"] for result in document["results"]] == ["MatMul", "fp32", "bf16", "int8", "int4"]
+    for result in document["results"]:
+        assert 0 < result["quartiles"][0] <= result["median_seconds"] <= result["quartiles"][1]
+    assert "us a layer" in printed
