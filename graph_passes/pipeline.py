@@ -20,6 +20,7 @@ from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayer, LinearLa
 from sparamx_onnx.graph_passes.packed_weight import PackedWeight
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_because, zeros_wanted
+from sparamx_onnx.graph_passes.rewrite_attention import RewriteAttentionPass
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
@@ -64,6 +65,13 @@ class Method(StrEnum):
     MAGNITUDE = "magnitude"
 
 
+class AttentionMode(StrEnum):
+    """What becomes of attention operators."""
+
+    KEEP = "keep"
+    FAST = "fast"
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """What to convert, and how.
@@ -81,9 +89,11 @@ class ConvertOptions:
         scale_type: int4 only: fp16, which None takes, or fp32.
         include: Regular expressions; if there are any, only layers that one of them matches are converted. They are
             searched in the names of the node, of the weight and of the module it came from.
-        exclude: Regular expressions; layers that one of them matches are left alone.
+        exclude: Regular expressions; layers, and attention operators by name, that one of them matches are left alone.
         fuse_siblings: ``auto`` makes one operator of layers with the same input where that was measured to be faster,
             ``always`` wherever it can be done, ``never`` nowhere.
+        attention: ``keep`` leaves attention operators; ``fast`` replaces those over a float cache by an operator that
+            computes the same.
         only_if_faster: Leave layers alone that would hardly be smaller than the dense weight is in float32.
         threads: Threads to pack with; 0 takes one per core. The result does not depend on it.
     """
@@ -96,6 +106,7 @@ class ConvertOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     fuse_siblings: FuseSiblings = FuseSiblings.AUTO
+    attention: AttentionMode = AttentionMode.KEEP
     only_if_faster: bool = False
     threads: int = 0
 
@@ -106,7 +117,13 @@ class ConvertOptions:
             SparamxError: Says which and why.
         """
         # Plain strings are welcome, as they come from a command line.
-        kinds = {"method": Method, "weights": WeightType, "scale_type": ScaleType, "fuse_siblings": FuseSiblings}
+        kinds = {
+            "method": Method,
+            "weights": WeightType,
+            "scale_type": ScaleType,
+            "fuse_siblings": FuseSiblings,
+            "attention": AttentionMode,
+        }
         for name, kind in kinds.items():
             if getattr(self, name) is None:
                 continue
@@ -184,6 +201,7 @@ class ConvertOptions:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "fuse_siblings": self.fuse_siblings.value,
+            "attention": self.attention.value,
             "only_if_faster": self.only_if_faster,
         }
 
@@ -200,7 +218,7 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
             where pruning determines them or ``only_if_faster`` needs them.
 
     Returns:
-        The plan: every MatMul, Gemm and relative, with what happens to it and why.
+        The plan: every MatMul, Gemm and relative, and every attention operator, with what happens to it and why.
 
     Raises:
         SparamxError: A weight cannot be read, or a node reads a value that nothing defines.
@@ -216,7 +234,10 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
         chosen = [candidate for candidate in chosen if _is_faster(candidate.plan)]
     RewriteMatMulPass(chosen)(model)
     FuseSiblingsPass(chosen, options.fuse_siblings)(model)
-    if chosen:
+    rewrite_attention = RewriteAttentionPass(fast=options.attention is AttentionMode.FAST, exclude=options.exclude)
+    rewrite_attention(model)
+    plan.attention = rewrite_attention.plans
+    if plan.changes:
         model.metadata_props[VERSION_KEY] = library.version()
         record = options.to_json()
         kept = {chosen.options.weight_type.value for chosen in chosen if chosen.codes is not None}

@@ -1,4 +1,4 @@
-"""What a conversion does with every MatMul, Gemm and relative of a model, and why."""
+"""What a conversion does with every MatMul, Gemm and relative of a model, and why (attention: attention_plan.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
 
 
 class Action(StrEnum):
@@ -184,10 +188,11 @@ class NodePlan:
 
 @dataclass
 class Plan:
-    """The plans of all nodes, in graph order, and the options that made them."""
+    """The plans of all nodes, in graph order, the options that made them, and the plans of attention operators."""
 
     nodes: list[NodePlan] = field(default_factory=list)
     options: dict[str, object] = field(default_factory=dict)
+    attention: list[AttentionPlan] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[NodePlan]:
         return iter(self.nodes)
@@ -199,6 +204,16 @@ class Plan:
     def converted(self) -> list[NodePlan]:
         """The nodes that become sparse operators, packed sparse or dense."""
         return [node for node in self.nodes if node.action is not Action.LEFT_ALONE]
+
+    @property
+    def converted_attention(self) -> list[AttentionPlan]:
+        """The attention operators that are replaced."""
+        return [node for node in self.attention if node.action is not Action.LEFT_ALONE]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is converted."""
+        return bool(self.converted or self.converted_attention)
 
     @property
     def left_alone(self) -> list[NodePlan]:
@@ -234,6 +249,8 @@ class Plan:
                 "reasons": {reason.value: count for reason, count in self.reasons.items()},
                 "bytes_before": self.bytes_before,
                 "bytes_after": self.bytes_after,
+                "attention_converted": len(self.converted_attention),
             },
             "nodes": [node.to_json() for node in self.nodes],
+            "attention": [node.to_json() for node in self.attention],
         }

@@ -188,6 +188,14 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     show_default=True,
     help="Make one operator of layers with the same input, such as query, key and value. auto: where it is faster.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(["keep", "fast"]),
+    default="keep",
+    show_default=True,
+    help="fast: replace GroupQueryAttention and MultiHeadAttention by an operator that computes the same and reads each"
+    " key and value once.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @_json_option
@@ -202,6 +210,7 @@ def convert(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     fuse_siblings: str,
+    attention: str,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -209,8 +218,8 @@ def convert(
     """Rewrites the linear layers of MODEL as sparse operators.
 
     Writes OUT and OUT.data; MODEL is never changed. A MatMul or Gemm with a constant weight is converted, or listed
-    with the reason why it was left alone. For a model that is converted already or has no linear layer nothing is
-    written.
+    with the reason why it was left alone; with --attention fast, attention operators too. For a model that is converted
+    already or has nothing to convert nothing is written.
     """
     from sparamx_onnx.conversion import convert as do_convert
     from sparamx_onnx.progress import progress_bar
@@ -230,6 +239,7 @@ def convert(
             include=include,
             exclude=exclude,
             fuse_siblings=fuse_siblings,
+            attention=attention,
             force=force,
             dry_run=dry_run,
             progress=progress,

@@ -26,7 +26,7 @@ class ConversionResult:
     Attributes:
         model: Path of the input.
         output: Path of the model that was written, or, in a dry run, would be; None if there is nothing to convert.
-        data: Path of its external data file, likewise.
+        data: Path of its external data file, likewise; None if none is needed.
         written: Whether anything was written.
         dry_run: Whether that was asked for.
         already_converted: Whether there is nothing to convert because it has been done.
@@ -67,6 +67,7 @@ def convert(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     fuse_siblings: str = "auto",
+    attention: str = "keep",
     force: bool = False,
     dry_run: bool = False,
     progress: Report | None = None,
@@ -90,9 +91,10 @@ def convert(
         scale_type: Only for ``int4``: type of the scales, ``fp16`` (if None) or ``fp32``.
         include: Regular expressions; if any are given, only layers whose name one of them finds are converted. An
             output layer, which ``magnitude`` spares, is pruned if it is named here.
-        exclude: Regular expressions; layers whose name one of them finds are left alone.
+        exclude: Regular expressions; layers and attention operators whose name one of them finds are left alone.
         fuse_siblings: Whether layers with the same input, such as query, key and value, become one operator: ``auto``
             where that is faster, ``always`` or ``never``.
+        attention: ``fast`` replaces attention operators over a float cache (docs/attention.md); ``keep`` leaves them.
         force: Replace the output if it exists.
         dry_run: Plan, measure, and write nothing.
         progress: Called with (done, total, what is going on).
@@ -112,6 +114,7 @@ def convert(
         include=tuple(include),
         exclude=tuple(exclude),
         fuse_siblings=cast(FuseSiblings, fuse_siblings),
+        attention=cast(pipeline.AttentionMode, attention),
     )
     source = Path(model)
     target = source.with_name(f"{source.stem}.sparse.onnx") if output is None else Path(output)
@@ -120,7 +123,7 @@ def convert(
         check_destination(target, inputs=(source, *loaded.data_files), force=force)
     plan = pipeline.run(loaded.model, options, byte_report(progress, "reading weights"), measure=dry_run)
     saved = None
-    if plan.converted and not dry_run:
+    if plan.changes and not dry_run:
         with staging(target) as folder:
             try:
                 saved = write.save(
@@ -131,11 +134,11 @@ def convert(
                 raise write_error(target, error) from error
     return ConversionResult(
         model=os.fspath(model),
-        output=os.fspath(target) if plan.converted else None,
-        data=os.fspath(data_path(target)) if plan.converted else None,
+        output=os.fspath(target) if plan.changes else None,
+        data=os.fspath(data_path(target)) if plan.changes and (saved is None or saved.data_bytes) else None,
         written=saved is not None,
         dry_run=dry_run,
-        already_converted=not plan.converted and any(node.reason is Reason.ALREADY_CONVERTED for node in plan),
+        already_converted=not plan.changes and any(node.reason is Reason.ALREADY_CONVERTED for node in plan),
         bytes_before=loaded.bytes_on_disk,
         bytes_after=None if saved is None else saved.model_bytes + saved.data_bytes,
         seconds=time.monotonic() - start,

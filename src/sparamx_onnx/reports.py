@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from sparamx_onnx.benchmark import Benchmark
 from sparamx_onnx.conversion import ConversionResult
 from sparamx_onnx.environment import Environment
+from sparamx_onnx.graph_passes.attention_plan import AttentionPlan, AttentionReason
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.inspection import Inspection
 from sparamx_onnx.tables import Column, duration, percent, render, size
@@ -28,22 +30,34 @@ _ONLY_COUNTED = (Reason.TWO_ACTIVATIONS,)
 def conversion_text(result: ConversionResult) -> str:
     """What was converted, layer by layer, and where it is."""
     plan = result.plan
-    if not plan.converted:
+    if not plan.changes:
         what = "is converted already" if result.already_converted else "has no linear layer to convert"
         return _paragraphs(*_left_alone(plan), f"{result.model} {what}; nothing was written.")
-    weights = f"weights {size(plan.bytes_before)} -> {size(plan.bytes_after)}"
+    what = _both(plan)
+    weights = f"weights {size(plan.bytes_before)} -> {size(plan.bytes_after)}" if plan.converted else ""
     if not result.written:
         last = (
-            f"{_count(plan.converted, 'linear layer')} would be converted: {weights}."
+            f"{what} would be converted{weights and f': {weights}'}."
             f"\nThis was a dry run: {result.output} was not written."
         )
     else:
         files = f"files {size(result.bytes_before)} -> {size(result.bytes_after)}"
         last = (
-            f"{_count(plan.converted, 'linear layer')} converted: {weights}; {files}."
-            f"\nWrote {result.output} and {result.data} in {duration(result.seconds)}."
+            f"{what} converted: {weights and f'{weights}; '}{files}."
+            f"\nWrote {result.output}{f' and {result.data}' if result.data else ''} in {duration(result.seconds)}."
         )
-    return _paragraphs(_layers(plan.converted), *_left_alone(plan), last + _on_this_cpu(result.kernels))
+    layers = [_layers(plan.converted)] if plan.converted else []
+    return _paragraphs(*layers, *_left_alone(plan), last + _on_this_cpu(result.kernels))
+
+
+def _both(plan: Plan) -> str:
+    """How much of either kind is converted."""
+    counts = [
+        _count(nodes, what)
+        for nodes, what in ((plan.converted, "linear layer"), (plan.converted_attention, "attention operator"))
+        if nodes
+    ]
+    return " and ".join(counts)
 
 
 def inspection_text(result: Inspection) -> str:
@@ -212,10 +226,20 @@ def _left_alone(plan: Plan) -> list[str]:
         for reason, count in plan.reasons.items()
         if any(node.reason is reason for node in nodes)
     ]
-    return [render(_LEFT_ALONE, rows) if rows else "", "\n".join(meanings)]
+    return [render(_LEFT_ALONE, rows) if rows else "", "\n".join([*meanings, *_attention_left_alone(plan)])]
 
 
-def _count(nodes: list[NodePlan], what: str) -> str:
+def _attention_left_alone(plan: Plan) -> list[str]:
+    """Why attention operators stay as they are, a line per reason."""
+    counts = Counter(node.reason for node in plan.attention if node.action is Action.LEFT_ALONE)
+    return [
+        f"Attention left alone ({reason.value.replace('_', ' ')}): {counts[reason]}. {reason.text}"
+        for reason in AttentionReason
+        if counts[reason] and reason is not AttentionReason.ALREADY_CONVERTED
+    ]
+
+
+def _count(nodes: Sequence[NodePlan | AttentionPlan], what: str) -> str:
     return f"{len(nodes)} {what}{'' if len(nodes) == 1 else 's'}"
 
 

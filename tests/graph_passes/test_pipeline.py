@@ -54,6 +54,7 @@ def test_defaults() -> None:
         "include": ["a"],
         "exclude": [],
         "fuse_siblings": "auto",
+        "attention": "keep",
         "only_if_faster": False,
     }
 
@@ -79,6 +80,7 @@ def test_defaults_of_int4() -> None:
         ({"weights": "int4", "scale_type": "bf16"}, "no scale_type 'bf16'"),
         ({"weights": "int4", "scale_type": "none"}, "int4 weights need scales; there are fp16 and fp32"),
         ({"weights": "fp64"}, "no weights 'fp64'"),
+        ({"attention": "slow"}, "no attention 'slow'; there are keep, fast"),
         ({"sparsity": 0.5}, "method auto keeps the weights as they are, so it takes no sparsity"),
         ({"sparsity": 1.0, "method": "magnitude"}, "at least 0 and below 1, not 1"),
         ({"sparsity": -0.5, "method": "magnitude"}, "at least 0 and below 1"),
@@ -205,6 +207,7 @@ def test_the_summary(workbench, make_model, sparse) -> None:
         "reasons": {"converted": 1, "packed_dense": 1, "excluded_by_user": 1},
         "bytes_before": 2 * 128 * 128 * 4,
         "bytes_after": plan.bytes_after,
+        "attention_converted": 0,
     }
     assert [n.node for n in plan.left_alone] == ["m2"]
     assert len(plan) == 3
@@ -325,5 +328,6 @@ def test_the_record_in_the_model(workbench, make_model, sparse) -> None:
         "include": ["w"],
         "exclude": [],
         "fuse_siblings": "auto",
+        "attention": "keep",
         "only_if_faster": False,
     }

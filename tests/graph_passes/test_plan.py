@@ -37,6 +37,7 @@ def test_figures_that_are_unknown() -> None:
         "reasons": {},
         "bytes_before": 0,
         "bytes_after": 0,
+        "attention_converted": 0,
     }
 
 

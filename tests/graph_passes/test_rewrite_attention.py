@@ -1,0 +1,329 @@
+"""Attention operators become SparseAMXAttention, or stay for a reason; what they compute stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import sparamx_onnx
+from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
+from sparamx_onnx.graph_passes.pipeline import ConvertOptions
+from sparamx_onnx.graph_passes.plan import Action
+from sparamx_onnx.ops import library
+from sparamx_onnx.reports import conversion_text
+
+HEADS, KV_HEADS, SIZE, HIDDEN, POSITIONS = 4, 2, 16, 24, 40
+GROUP_QUERY_INPUTS = [
+    *("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length"),
+    *("cos_cache", "sin_cache", "position_ids", "attention_bias", "head_sink"),
+]
+CACHE = {"past_key": ["batch", KV_HEADS, "past", SIZE], "past_value": ["batch", KV_HEADS, "past", SIZE]}
+Arrays = dict[str, np.ndarray]
+
+
+def value_info(name: str, shape: Sequence[int | str], element_type: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element_type, shape)
+
+
+def decoder(packed: bool, roles: Sequence[str] = (), **attributes: Any) -> onnx.ModelProto:
+    """Projections of x, GroupQueryAttention with rotation, and a projection of its output.
+
+    Args:
+        packed: One projection for query, key and value.
+        roles: Optional inputs beyond rotation.
+        attributes: Of the attention.
+    """
+    rng = np.random.default_rng(0)
+    widths = [HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE]
+    weights = {"wq": sum(widths)} if packed else dict(zip(("wq", "wk", "wv"), widths, strict=True))
+    angles = rng.uniform(0, 6, (POSITIONS, SIZE // 2))
+    constants = {name: rng.standard_normal((HIDDEN, n), np.float32) / 5 for name, n in weights.items()}
+    constants |= {
+        "wo": rng.standard_normal((HEADS * SIZE, HIDDEN), np.float32),
+        "cos_cache": np.cos(angles).astype(np.float32),
+        "sin_cache": np.sin(angles).astype(np.float32),
+    }
+    products = dict(zip(("wq", "wk", "wv"), ("query", "key", "value"), strict=True))
+    nodes = [helper.make_node("MatMul", ["x", name], [products[name]], products[name]) for name in weights]
+    there = {*CACHE, *roles, *(products[name] for name in weights), "seqlens_k", "total_sequence_length"}
+    if attributes.get("do_rotary", 1):
+        there |= {"cos_cache", "sin_cache"}
+    names = [name if name in there else "" for name in GROUP_QUERY_INPUTS]
+    attributes = {"num_heads": HEADS, "kv_num_heads": KV_HEADS, "do_rotary": 1, **attributes}
+    outputs = ["mixed", "present_key", "present_value"]
+    nodes.append(
+        helper.make_node("GroupQueryAttention", names, outputs, "attention", domain="com.microsoft", **attributes)
+    )
+    nodes.append(helper.make_node("MatMul", ["mixed", "wo"], ["y"], "out"))
+    shapes = {"attention_bias": [1, HEADS, "tokens", "total"], "head_sink": [HEADS]}
+    inputs = [
+        value_info("x", ["batch", "tokens", HIDDEN]),
+        *(value_info(name, shape) for name, shape in CACHE.items()),
+        value_info("seqlens_k", ["batch"], TensorProto.INT32),
+        value_info("total_sequence_length", [], TensorProto.INT32),
+        *(value_info(role, shapes[role]) for role in roles if role in shapes),
+        *(value_info(role, ["batch", "tokens"], TensorProto.INT64) for role in roles if role == "position_ids"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "decoder",
+        inputs,
+        [value_info("y", ["b", "t", HIDDEN])]
+        + [value_info(name, ["b", KV_HEADS, "total", SIZE]) for name in outputs[1:]],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, ir_version=10, opset_imports=imports)
+
+
+def session(model: Any) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    library.register(options)
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def step(rng: np.random.Generator, tokens: int, past: int, roles: Sequence[str]) -> Arrays:
+    """Inputs of a call of the decoder, without the cache."""
+    feeds = {
+        "x": rng.standard_normal((1, tokens, HIDDEN), np.float32),
+        "seqlens_k": np.array([past + tokens - 1], np.int32),
+        "total_sequence_length": np.array(past + tokens, np.int32),
+        "attention_bias": rng.standard_normal((1, HEADS, tokens, past + tokens), np.float32),
+        "head_sink": rng.standard_normal(HEADS, np.float32),
+        "position_ids": np.arange(past, past + tokens)[None],
+    }
+    return {name: array for name, array in feeds.items() if name not in GROUP_QUERY_INPUTS[9:] or name in roles}
+
+
+def attention_plan(proto: onnx.ModelProto, **options: Any) -> AttentionPlan:
+    (plan,) = pipeline.run(ir.from_proto(proto), ConvertOptions(**{"attention": "fast", **options})).attention
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("packed", "roles", "attributes"),
+    [
+        (False, [], {}),
+        (True, [], {"rotary_interleaved": 1}),
+        (True, ["position_ids"], {"local_window_size": 5, "scale": 0.2}),
+        (False, ["attention_bias", "head_sink"], {"softcap": 3.0}),
+        (False, [], {"do_rotary": 0, "smooth_softmax": 1, "kv_cache_bit_width": 0, "k_quant_type": "NONE"}),
+    ],
+)
+def test_a_converted_decoder_goes_on_like_the_original(workbench, packed: bool, roles, attributes) -> None:
+    proto = decoder(packed, roles, **attributes)
+    converted = workbench.convert(proto, attention="fast")
+    assert [plan.action for plan in converted.plan.attention] == [Action.CONVERTED]
+    assert converted.op_types.count("SparseAMXAttention") == 1
+    assert "GroupQueryAttention" not in converted.op_types
+    (node,) = [node for node in converted.proto.graph.node if node.op_type == "SparseAMXAttention"]
+    assert node.name == "attention"
+    assert list(node.output) == ["mixed", "present_key", "present_value"]
+    assert all(node.input)
+    sessions = [session(proto), session(converted.path)]
+    rng = np.random.default_rng(1)
+    caches = [[np.zeros((1, KV_HEADS, 0, SIZE), np.float32)] * 2 for _ in sessions]
+    past = 0
+    for tokens in (9, 1, 1, 4, 1):
+        feeds = step(rng, tokens, past, roles)
+        outputs = []
+        for index, one in enumerate(sessions):
+            y, *caches[index] = one.run(None, feeds | {"past_key": caches[index][0], "past_value": caches[index][1]})
+            outputs.append([y, *caches[index]])
+        for expected, actual in zip(*outputs, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        past += tokens
+
+
+def test_a_shared_buffer_stays_one(workbench) -> None:
+    proto = decoder(True)
+    paths: list[Any] = [proto, workbench.convert(proto, attention="fast").path]
+    results = []
+    for path in paths:
+        one = session(path)
+        rng = np.random.default_rng(2)
+        buffers = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, KV_HEADS, 20, SIZE), np.float32)) for _ in "kv"
+        ]
+        ys, past = [], 0
+        for tokens in (7, 1, 1):
+            feeds = step(rng, tokens, past, [])
+            binding = one.io_binding()
+            for name in ("x", "seqlens_k", "total_sequence_length"):
+                binding.bind_cpu_input(name, feeds[name])
+            for name, buffer in zip(("key", "value"), buffers, strict=True):
+                binding.bind_ortvalue_input(f"past_{name}", buffer)
+                binding.bind_ortvalue_output(f"present_{name}", buffer)
+            binding.bind_output("y")
+            one.run_with_iobinding(binding)
+            ys.append(binding.copy_outputs_to_cpu()[0])
+            past += tokens
+        results.append([*ys, *(buffer.numpy()[:, :, :past].copy() for buffer in buffers)])
+    for expected, actual in zip(*results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_kept_unless_asked_for(workbench) -> None:
+    converted = workbench.convert(decoder(True))
+    (plan,) = converted.plan.attention
+    assert (plan.action, plan.reason.value) == (Action.LEFT_ALONE, "not_asked_for")
+    assert "--attention fast" in plan.text
+    assert "GroupQueryAttention" in converted.op_types
+
+
+def test_a_second_conversion_finds_it_done(workbench) -> None:
+    converted = workbench.convert(decoder(True), attention="fast")
+    plan = pipeline.run(ir.load(converted.path), ConvertOptions(attention="fast"))
+    assert [node.reason.value for node in plan.attention] == ["already_converted"]
+    assert not plan.changes
+
+
+def test_what_cannot_be_converted_has_a_reason() -> None:
+    def changed(**attributes: Any) -> onnx.ModelProto:
+        return decoder(True, **attributes)
+
+    scores = decoder(True)
+    scores.graph.node[1].output.append("scores")
+    quantized = decoder(True)
+    quantized.graph.node[1].input.extend(["total_sequence_length"] * 2)
+    half = decoder(True)
+    half.graph.input[1].type.tensor_type.elem_type = TensorProto.FLOAT16
+    one_present = decoder(True)
+    del one_present.graph.node[1].output[2]
+    cases: list[tuple[onnx.ModelProto, str, str]] = [
+        (changed(local_window_size=0), "unsupported_attributes", "local_window_size = 0"),
+        (changed(causal=0), "unsupported_attributes", "causal = 0"),
+        (changed(sliding_window_cache=1), "unsupported_attributes", "sliding_window_cache = 1"),
+        (changed(k_quant_type="PER_TENSOR"), "unsupported_attributes", "k_quant_type"),
+        (changed(qk_output=1), "unsupported_attributes", "qk_output"),
+        (changed(something_new=1), "unsupported_attributes", "something_new"),
+        (changed(num_heads=3), "malformed_node", ""),
+        (scores, "unsupported_output", "scores"),
+        (one_present, "unsupported_output", "one of present_key"),
+        (quantized, "unsupported_input", "k_scale"),
+        (half, "unsupported_dtype", "past_key is FLOAT16"),
+    ]
+    for proto, reason, detail in cases:
+        plan = attention_plan(proto)
+        assert (plan.action, plan.reason.value) == (Action.LEFT_ALONE, reason), detail
+        assert detail in plan.text
+    excluded = attention_plan(decoder(True), exclude=["^att"])
+    assert (excluded.reason.value, excluded.node) == ("excluded_by_user", "attention")
+    assert excluded.to_json()["text"] == "An exclude pattern matches it. It is ^att."
+
+
+def multi_head(
+    inputs: Mapping[str, Sequence[int | str] | None], outputs: Sequence[str] = ("y",), **attributes: Any
+) -> onnx.ModelProto:
+    """One MultiHeadAttention; inputs by role, in its order, None for those that are empty."""
+    types = {"key_padding_mask": TensorProto.INT32, "past_sequence_length": TensorProto.INT32}
+    names = [name if shape is not None else "" for name, shape in inputs.items()]
+    node = helper.make_node(
+        "MultiHeadAttention", names, list(outputs), "attention", domain="com.microsoft", num_heads=2, **attributes
+    )
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [
+            value_info(name, shape, types.get(name, TensorProto.FLOAT))
+            for name, shape in inputs.items()
+            if shape is not None
+        ],
+        [value_info(name, [None] * (3 if name == "y" else 4)) for name in outputs],
+    )
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, ir_version=10, opset_imports=imports)
+
+
+MULTI_HEAD: dict[str, Sequence[int | str] | None] = {
+    "query": ["batch", "tokens", 32],
+    "key": ["batch", "keys", 32],
+    "value": ["batch", "keys", 48],
+    "bias": None,
+    "key_padding_mask": ["batch", "total"],
+    "attention_bias": [1, 2, "tokens", "total"],
+}
+
+
+@pytest.mark.parametrize("past", [0, 6])
+def test_multi_head_attention(workbench, past: int) -> None:
+    inputs = dict(MULTI_HEAD)
+    outputs = ["y"]
+    if past:
+        inputs |= {"past_key": ["batch", 2, "past", 16], "past_value": ["batch", 2, "past", 16]}
+        inputs["value"] = ["batch", "keys", 32]
+        outputs += ["present_key", "present_value"]
+    proto = multi_head(inputs, outputs, scale=0.3)
+    converted = workbench.convert(proto, attention="fast")
+    assert converted.op_types == ["SparseAMXAttention"]
+    rng = np.random.default_rng(3)
+    # Past and new keys as many as queries: ONNX Runtime's operator asks for it where there is a past.
+    sizes = {"batch": 2, "tokens": 9, "keys": 9 if past else 13, "past": past, "total": past + (9 if past else 13)}
+    feeds = {
+        name: rng.standard_normal([sizes.get(str(size), size) for size in shape], np.float32)
+        for name, shape in inputs.items()
+        if shape is not None
+    }
+    mask = rng.integers(0, 2, feeds["key_padding_mask"].shape).astype(np.int32)
+    mask[:, 0] = 1
+    assert converted.error(feeds | {"key_padding_mask": mask}) < 1e-4
+
+
+def test_causal_multi_head_attention(workbench) -> None:
+    shape = ["batch", "tokens", 32]
+    proto = multi_head({"query": shape, "key": shape, "value": shape}, unidirectional=1)
+    converted = workbench.convert(proto, attention="fast")
+    rng = np.random.default_rng(4)
+    feeds = {name: rng.standard_normal((2, 21, 32), np.float32) for name in ("query", "key", "value")}
+    assert converted.op_types == ["SparseAMXAttention"]
+    assert converted.error(feeds) < 1e-4
+
+
+def test_multi_head_attention_that_stays() -> None:
+    packed = ["batch", "keys", 2, 3, 16]
+    cases: list[tuple[onnx.ModelProto, str, str]] = [
+        (multi_head({**MULTI_HEAD, "bias": [112]}), "unsupported_input", "bias"),
+        (multi_head({"query": packed}), "unsupported_input", "one tensor"),
+        (multi_head({**MULTI_HEAD, "key_padding_mask": ["batch"]}), "unsupported_input", "has 1 dimensions"),
+        (multi_head({**MULTI_HEAD, "key": ["batch", 2, "keys", 16]}), "unsupported_input", "key has 4 dimensions"),
+        (multi_head(MULTI_HEAD, unidirectional=1), "unknown_shape", "unidirectional"),
+        (multi_head(MULTI_HEAD, something_new=1), "unsupported_attributes", "something_new"),
+    ]
+    for proto, reason, detail in cases:
+        plan = attention_plan(proto)
+        assert (plan.action, plan.reason.value) == (Action.LEFT_ALONE, reason), detail
+        assert detail in plan.text
+    ranks_unknown = multi_head(MULTI_HEAD)
+    ranks_unknown.graph.input[1].type.tensor_type.ClearField("shape")
+    assert attention_plan(ranks_unknown).reason.value == "unknown_shape"
+    other = multi_head(MULTI_HEAD)
+    other.graph.node[0].op_type = "DecoderMaskedMultiHeadAttention"
+    assert attention_plan(other).reason.value == "unsupported_operator"
+
+
+def test_a_model_of_attention_alone_is_written(tmp_path: Path) -> None:
+    shape = ["batch", "tokens", 32]
+    model = tmp_path / "m.onnx"
+    onnx.save(multi_head({"query": shape, "key": shape, "value": shape}), model)
+    kept = sparamx_onnx.convert(model)
+    assert not kept.written
+    assert "Attention left alone (not asked for): 1. It can be converted" in conversion_text(kept)
+    result = sparamx_onnx.convert(model, attention="fast")
+    assert result.written
+    assert "1 attention operator converted: files" in conversion_text(result)
+    assert result.data is None
+    assert ".data" not in conversion_text(result)
+    assert result.to_dict()["summary"]["attention_converted"] == 1
+    assert sparamx_onnx.inspect(tmp_path / "m.sparse.onnx").record["attention"] == "fast"
+    assert not sparamx_onnx.convert(tmp_path / "m.sparse.onnx", attention="fast").written
