@@ -176,11 +176,12 @@ def expected_size(k: int, n: int, nnz: int, weight_type: WeightType, form: Form 
     for candidate in (Form.SPARSE, Form.DENSE):
         # An empty section is left out of the table; the values never are.
         present = [size for size in sections[candidate] if size]
-        end = _HEADER_BYTES + _SECTION_BYTES * (len(present) + 1 + bool(scales))
+        end = _HEADER_BYTES + _SECTION_BYTES * (len(present) + 1 + 2 * bool(scales))
         for size in present:
             end = _aligned(end) + size
         end = _aligned(end) + values[candidate] + _TAIL_BYTES
-        sizes[candidate] = _aligned(_aligned(end) + scales)
+        # Scales, and sums of the same size.
+        sizes[candidate] = _aligned(_aligned(_aligned(end) + scales) + scales)
     if form is Form.AUTO:
         form = Form.SPARSE if sizes[Form.SPARSE] < sizes[Form.DENSE] else Form.DENSE
     return sizes[form], form

@@ -26,6 +26,7 @@ SECTION_OFFSETS = 1
 SECTION_BITMAP = 2
 SECTION_VALUES = 3
 SECTION_SCALES = 4
+SECTION_SUMS = 6
 
 # Weight types as the header numbers them.
 _FP32, _BF16, _INT8, _INT4 = range(4)
@@ -198,6 +199,10 @@ def unpack_blob(blob: bytes) -> npt.NDArray[np.float32]:
         halves = np.ones((header.strips * header.tiles, 2, TILE_ROWS // 2 * header.row_weights), bool)
         by_tile = (len(halves), TILE_ROWS * header.row_weights)
         tiles = np.take_along_axis(values.reshape(by_tile), _places_in_tile(halves, header).reshape(by_tile), axis=1)
+    if header.weight_type == _INT8:
+        sums = _section(blob, header, SECTION_SUMS).view("<i4")
+        if not np.array_equal(sums, tiles.reshape(shape).sum(axis=(1, 2, 4), dtype=np.int64).reshape(-1)):
+            raise SparamxError("The sums of the packed weight do not agree with its values.")
     # [strip, tile, row, column, part] -> k = (tile, row, part), n = (strip, column)
     padded = tiles.reshape(shape).transpose(1, 2, 4, 0, 3).reshape(header.tiles * header.tile_k, header.strips * STRIP)
     return np.ascontiguousarray(padded[: header.k] * _scales(blob, header))[:, : header.n].copy()
@@ -287,32 +292,39 @@ def round_to_bf16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def quantize_int8(
     x: npt.NDArray[np.float32], group_size: int = 0
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Symmetric int8 codes of activations, with one scale per row or per group of a row.
+    """Activations in int8, with one scale per row or per group of a row: x is about ``numbers * scales``.
 
     Args:
         x: The activations [..., K], float32.
         group_size: Elements that share a scale; 0: all of the row. The last group may be shorter.
 
     Returns:
-        The codes [..., K], whole numbers from -127 to 127, and the scale of every element [..., K], both float32. A
-        group with an infinite or undefined element has an undefined scale; one without any element above 2^-100 has
-        codes and a scale of zero.
+        Whole numbers [..., K] and the scale of every element [..., K], both float32. Numbers of a group lie between
+        -127 and 127; those of a row span 254, from wherever its least element (or zero) is. A group with an infinite or
+        undefined element has an undefined scale; one without any element above 2^-100 has numbers and a scale of zero.
     """
-    codes, scales = np.zeros_like(x), np.zeros_like(x)
+    numbers, scales = np.zeros_like(x), np.zeros_like(x)
     k = x.shape[-1]
     step = group_size or max(1, k)
+    half, top = np.float32(0.5), np.float32(127)
     for start in range(0, k, step):
         group = x[..., start : start + step]
         # NaN wins over all numbers.
         amax = np.abs(group).max(axis=-1, keepdims=True)
         finite = np.isfinite(amax)
         counts = finite & (amax >= _SMALLEST_AMAX)
-        inverse = np.float32(127) / np.where(counts, amax, np.float32(1))
-        codes[..., start : start + step] = np.where(counts, np.rint(np.where(counts, group, 0) * inverse), 0)
+        usable = np.where(counts, group, np.float32(0))
+        above = half * usable.max(axis=-1, keepdims=True, initial=0)
+        below = half * -usable.min(axis=-1, keepdims=True, initial=0)
+        half_range = np.where(counts, amax if group_size else above + below, np.float32(1))
+        inverse = top / half_range
+        zero = np.float32(0) if group_size else np.rint((above - below) * inverse)
+        codes = np.clip(np.rint(usable * inverse) - zero, -top, top)
+        numbers[..., start : start + step] = np.where(counts, codes + zero, 0)
         scales[..., start : start + step] = np.where(
-            counts, amax / np.float32(127), np.where(finite, np.float32(0), np.float32(np.nan))
+            counts, half_range / top, np.where(finite, np.float32(0), np.float32(np.nan))
         )
-    return codes, scales
+    return numbers, scales
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -384,9 +396,9 @@ def sparse_amx_matmul(
 
 
 def _multiply_int8(x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], group_size: int) -> npt.NDArray[np.float64]:
-    codes, scales = quantize_int8(x, group_size)
-    # The product of a code and its scale is exact in double precision.
-    return (codes.astype(np.float64) * scales) @ w.astype(np.float64)
+    numbers, scales = quantize_int8(x, group_size)
+    # The product of a number and its scale is exact in double precision.
+    return (numbers.astype(np.float64) * scales) @ w.astype(np.float64)
 
 
 def _finish(y: npt.NDArray[np.float64], bias: npt.NDArray[np.float32] | None, epilogue: str) -> npt.NDArray[np.float32]:

@@ -75,6 +75,7 @@ struct PackedView {
   const uint8_t* bitmap;   // sparse
   const uint8_t* values;
   const uint8_t* scales;  // [strips][groups][16]
+  const uint8_t* sums;    // int8: int32 [strips][16], the sum of what the codes of an output mean; else null
 };
 
 static inline uint64_t LoadU64(const uint8_t* p) {

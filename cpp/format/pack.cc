@@ -57,6 +57,7 @@ struct Census {
   PackedView geometry;
   std::vector<float> scales;      // [strips][groups][16]
   std::vector<uint64_t> offsets;  // strips * runs + 1
+  std::vector<int32_t> sums;      // int8: [strips][16]
   uint64_t nnz = 0;
   Form form;
   SectionSizes sizes;
@@ -102,6 +103,14 @@ RunCount CountRun(const Codes<Coder>& codes, size_t tiles) {
     count.stored += StoredInTile(Coder::kType, halves[0], halves[1]);
   }
   return count;
+}
+
+// Adds what the codes of every column mean to sums[16].
+template <typename Coder>
+void AddColumns(const Codes<Coder>& codes, size_t rows, int32_t* sums) {
+  for (size_t k = 0; k < rows; ++k)
+    for (size_t n = 0; n < kStripColumns; ++n)
+      sums[n] += static_cast<int32_t>(codes.code[k][n]) - CodeBias(Coder::kType);
 }
 
 // Half of a tile in the order in which codes are stored. Compressing writes a code past the kept ones.
@@ -218,11 +227,13 @@ Status Count(const SourceMatrix& m, const PackOptions& o, Census* census) {
   const Status status = internal::ComputeScales(m, g, o.scales, o.threads, &census->scales);
   if (!status.ok()) return status;
   std::vector<uint64_t> nnz(g.strips * g.runs);
+  std::vector<int32_t> sums(Coder::kType == WeightType::kInt8 ? nnz.size() * kStripColumns : 0);
   census->offsets.assign(nnz.size() + 1, 0);
   ForEachRun(m, g, o.threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
     const size_t tiles = TilesInRun(g, run);
     const Codes<Coder> codes(*census, strip, run, stage, column, tiles * TileK(g.type));
     const RunCount count = CountRun<Coder>(codes, tiles);
+    if (!sums.empty()) AddColumns(codes, tiles * TileK(g.type), &sums[(strip * g.runs + run) * kStripColumns]);
     nnz[strip * g.runs + run] = count.nnz;
     census->offsets[strip * g.runs + run + 1] = count.stored;
   });
@@ -231,6 +242,9 @@ Status Count(const SourceMatrix& m, const PackOptions& o, Census* census) {
     census->nnz += nnz[i];
     census->offsets[i + 1] += census->offsets[i];
   }
+  census->sums.assign(Coder::kType == WeightType::kInt8 ? g.strips * kStripColumns : 0, 0);
+  for (size_t i = 0; i < sums.size(); ++i)
+    census->sums[i / (g.runs * kStripColumns) * kStripColumns + i % kStripColumns] += sums[i];
   const SectionSizes sparse =
       internal::SizesOf(o.type, Form::kSparse, o.scale_type, o.group_size, m.k, m.n, census->offsets.back());
   const SectionSizes dense = internal::SizesOf(o.type, Form::kDense, o.scale_type, o.group_size, m.k, m.n, 0);
@@ -288,6 +302,7 @@ Status Write(const SourceMatrix& m, const PackOptions& o, const Census& census, 
   if (census.form == Form::kSparse)
     std::memcpy(at[internal::kOffsets], census.offsets.data(), census.offsets.size() * 8);
   WriteScales(census, at[internal::kScales]);
+  if (!census.sums.empty()) std::memcpy(at[internal::kSums], census.sums.data(), census.sums.size() * sizeof(int32_t));
   ForEachRun(m, g, o.threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
     const size_t tile = strip * g.tiles + run * TilesPerRun(g.type), tiles = TilesInRun(g, run);
     const Codes<Coder> codes(census, strip, run, stage, column, tiles * TileK(g.type));

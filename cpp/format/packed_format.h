@@ -74,8 +74,8 @@ struct Section {
 };
 static_assert(sizeof(Section) == 24, "docs/format.md promises 24 bytes");
 
-enum SectionId : uint32_t { kOffsets = 1, kBitmap, kValues, kScales, kDirectory };
-constexpr size_t kSectionKinds = 5;
+enum SectionId : uint32_t { kOffsets = 1, kBitmap, kValues, kScales, kDirectory, kSums };
+constexpr size_t kSectionKinds = 6;
 
 constexpr char kMagic[8] = {'S', 'P', 'A', 'R', 'A', 'M', 'X', 'W'};
 

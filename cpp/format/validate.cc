@@ -40,6 +40,7 @@ SectionSizes SizesOf(WeightType type, Form form, ScaleType scale_type, uint32_t 
   }
   sizes.bytes[kScales] =
       static_cast<uint64_t>(v.strips) * v.groups * kStripColumns * (scale_type == ScaleType::kFp16 ? 2 : 4);
+  if (type == WeightType::kInt8) sizes.bytes[kSums] = static_cast<uint64_t>(v.strips) * kStripColumns * 4;
   return sizes;
 }
 
@@ -202,6 +203,7 @@ Status Parse(const uint8_t* blob, uint64_t blob_size, PackedView* view) {
   v.bitmap = blob + offset[kBitmap];
   v.values = blob + offset[kValues];
   v.scales = blob + offset[kScales];
+  v.sums = v.type == WeightType::kInt8 ? blob + offset[kSums] : nullptr;
   if (v.form == Form::kSparse) {
     status = CheckRuns(v);
     if (!status.ok()) return status;

@@ -108,8 +108,13 @@ struct Int8Tiles {
       correction += LoadInt(row + layout.corrections_at + 4 * run);
     const __m512i ints = _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_set1_epi32(correction));
     const __m512 scales = _mm512_loadu_ps(ScalesOf(w, strip, 0));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(ints),
-                         _mm512_mul_ps(scales, _mm512_set1_ps(LoadFloat(row + layout.scales_at))));
+    const __m512 x_scale = _mm512_set1_ps(LoadFloat(row + layout.scales_at));
+    const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(ints), _mm512_mul_ps(scales, x_scale));
+    if (job.first_run != 0) return product;
+    // What the row's offset adds, as FirstSum does elsewhere.
+    const __m512 weight_sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(w.sums + strip * kStripColumns * 4));
+    const __m512 offset = _mm512_set1_ps(LoadFloat(row + layout.offset_at));
+    return _mm512_fmadd_ps(weight_sums, _mm512_mul_ps(scales, offset), product);
   }
 };
 

@@ -262,6 +262,10 @@ struct Avx2Int8 : Avx2Integer {
 
   static SPARAMX_INLINE IntVec ZeroInt() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static SPARAMX_INLINE IntVec StartInt(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static SPARAMX_INLINE IntVec LoadInts(const uint8_t* p) {
+    const auto* halves = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+  }
   static SPARAMX_INLINE IntVec AddInt(const IntVec& a, const IntVec& b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
   }
@@ -291,6 +295,10 @@ struct Avx2Int4 : Avx2Integer {
   static SPARAMX_INLINE IntVec ZeroInt() { return StartInt(0); }
   static SPARAMX_INLINE IntVec StartInt(int32_t v) {
     return {_mm256_set1_epi32(v), _mm256_set1_epi32(v), _mm256_setzero_si256(), _mm256_setzero_si256()};
+  }
+  static SPARAMX_INLINE IntVec LoadInts(const uint8_t* p) {
+    const auto* halves = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1), _mm256_setzero_si256(), _mm256_setzero_si256()};
   }
   static SPARAMX_INLINE IntVec AddInt(const IntVec& a, const IntVec& b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high), a.words_low, a.words_high};

@@ -165,6 +165,7 @@ struct Avx512Int4 : Avx512Integer {
 
   static SPARAMX_INLINE IntVec ZeroInt() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
   static SPARAMX_INLINE IntVec StartInt(int32_t v) { return {_mm512_set1_epi32(v), _mm512_setzero_si512()}; }
+  static SPARAMX_INLINE IntVec LoadInts(const uint8_t* p) { return {_mm512_loadu_si512(p), _mm512_setzero_si512()}; }
   static SPARAMX_INLINE IntVec AddInt(const IntVec& a, const IntVec& b) {
     return {_mm512_add_epi32(a.sums, b.sums), a.words};
   }

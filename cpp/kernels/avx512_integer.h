@@ -17,6 +17,7 @@ struct Avx512Integer : Avx512Base {
 
   static SPARAMX_INLINE IntVec ZeroInt() { return _mm512_setzero_si512(); }
   static SPARAMX_INLINE IntVec StartInt(int32_t v) { return _mm512_set1_epi32(v); }
+  static SPARAMX_INLINE IntVec LoadInts(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static SPARAMX_INLINE IntVec AddInt(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
   static SPARAMX_INLINE IntVec Settled(IntVec sum) { return sum; }
   static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {

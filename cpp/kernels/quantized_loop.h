@@ -14,6 +14,7 @@
 //   Dot(sum, w, x)             sum + the 4 products of each lane with the 4 codes at x
 //   Settled(sum)               called after 8 rows or a segment: a level may add up in 16 bits first
 //   AddInt, ZeroInt
+//   LoadInts(p)                16 integers as stored
 //   Scales(p, fp16)            16 weight scales
 //   Flush(sum, ints, scales, x_scale)  sum + ints * scales * x_scale
 //
@@ -94,6 +95,17 @@ struct PanelRows {
   SPARAMX_INLINE typename Isa::Weight Row(int row, int s) const { return Isa::Weights(tile + s * kStripBytes, row); }
 };
 
+// What the sums of a row begin with: what the row's offset adds to every output. Int4 rows have none, and of several
+// parts along K the first adds it.
+template <class Isa>
+SPARAMX_INLINE typename Isa::Vec FirstSum(const MatMulJob& job, const Segments& segments, size_t strip, size_t m) {
+  const PackedView& w = *job.weights;
+  if (w.sums == nullptr || job.first_run != 0) return Isa::Zero();
+  const float offset = LoadFloat(static_cast<const uint8_t*>(job.x) + m * job.x_row_bytes + segments.layout.offset_at);
+  return Isa::Flush(Isa::Zero(), Isa::LoadInts(w.sums + strip * kStripColumns * 4),
+                    Isa::Scales(ScalesOf(w, strip, 0), false), offset);
+}
+
 // Rows x Strips outputs over some tiles, which are whole segments or the last of K. SegmentRows: tile rows of a
 // segment, 16 where it spans a tile or more.
 template <class Isa, int SegmentRows, int Rows, int Strips, class Source>
@@ -166,7 +178,7 @@ void DirectQuantizedRows(const MatMulJob& job) {
   using Stream = typename Isa::template Stream<Int4, Sparse>;
   for (size_t strip = job.first_strip; strip < job.last_strip; ++strip) {
     typename Isa::Vec sums[Rows][1];
-    for (int m = 0; m < Rows; ++m) sums[m][0] = Isa::Zero();
+    for (int m = 0; m < Rows; ++m) sums[m][0] = FirstSum<Isa>(job, segments, strip, static_cast<size_t>(m));
     OneStrip<Stream> source = {Stream(StartOf(w, strip, job.first_run))};
     MultiplyTiles<Isa, SegmentRows, Rows, 1>(job, segments, strip, first, last, static_cast<const uint8_t*>(job.x),
                                              sums, source);
@@ -191,8 +203,8 @@ void QuantizedBlock(const MatMulJob& job, const Segments& segments, size_t strip
   float* y = job.y + m0 * job.y_stride + strip * kStripColumns;
   for (int m = 0; m < Rows; ++m)
     for (int s = 0; s < Strips; ++s)
-      sums[m][s] =
-          begin ? Isa::Zero() : Isa::Load(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s));
+      sums[m][s] = begin ? FirstSum<Isa>(job, segments, strip + static_cast<size_t>(s), m0 + static_cast<size_t>(m))
+                         : Isa::Load(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s));
   PanelRows<Isa> source = {panel - kQuantizedTileBytes};
   MultiplyTiles<Isa, SegmentRows, Rows, Strips>(
       job, segments, strip, first, last, static_cast<const uint8_t*>(job.x) + m0 * job.x_row_bytes, sums, source);

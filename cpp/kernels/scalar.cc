@@ -139,6 +139,14 @@ void AddSegment(const int8_t* numbers, const int8_t* codes, size_t segment_k, co
   }
 }
 
+// What a row's offset adds to every output: sums of weights times it.
+void AddOffset(const PackedView& w, size_t strip, float offset, float* sums) {
+  for (size_t c = 0; c < 16; ++c) {
+    const auto weight_sum = static_cast<float>(LoadInt(w.sums + (strip * kStripColumns + c) * 4));
+    sums[c] += weight_sum * (ScaleAt(w, ScalesOf(w, strip, 0), c) * offset);
+  }
+}
+
 template <bool Int4>
 void MultiplyQuantizedScalar(const MatMulJob& job) {
   const PackedView& w = *job.weights;
@@ -155,7 +163,10 @@ void MultiplyQuantizedScalar(const MatMulJob& job) {
         const uint8_t* row = static_cast<const uint8_t*>(job.x) + m * job.x_row_bytes;
         float sums[16] = {};
         const size_t bytes = ColumnsOf(w, strip) * sizeof(float);
-        if (run != job.first_run) __builtin_memcpy(sums, y + m * job.y_stride, bytes);
+        if (run != job.first_run)
+          __builtin_memcpy(sums, y + m * job.y_stride, bytes);
+        else if (run == 0 && !Int4)
+          AddOffset(w, strip, LoadFloat(row + layout.offset_at), sums);
         for (size_t k = 0; k < tiles * 64 && run * kRunK + k < w.k; k += layout.segment_k) {
           const size_t group = Int4 ? (run * kRunK + k) / w.group_size : 0;
           AddSegment(numbers + k * 16, reinterpret_cast<const int8_t*>(row) + run * kRunK + k,

@@ -83,6 +83,7 @@ PackedView Columns(const PackedView& whole, size_t first_strip, uint64_t columns
     w.values += ValueBytes(w.type, first_tile * TileWeights(w.type));
   }
   if (w.groups != 0) w.scales += first_strip * w.groups * kStripColumns * (w.scale_type == ScaleType::kFp16 ? 2 : 4);
+  if (w.sums != nullptr) w.sums += first_strip * kStripColumns * sizeof(int32_t);
   return w;
 }
 

@@ -109,7 +109,8 @@ Problem Make(const Case& c, uint32_t seed) {
   return p;
 }
 
-// docs/numerics.md: one scale for every `group_size` elements of a row, or for all of it where that is 0.
+// docs/numerics.md: one scale for every `group_size` elements of a row, or, where that is 0, one scale and one offset
+// for all of it.
 std::vector<float> QuantizedX(const Case& c, const Problem& p) {
   std::vector<float> x(p.x.size());
   const uint64_t step = p.group_size == 0 ? c.k : p.group_size;
@@ -117,10 +118,15 @@ std::vector<float> QuantizedX(const Case& c, const Problem& p) {
     for (uint64_t first = 0; first < c.k; first += step) {
       const float* from = &p.x[m * c.k + first];
       const uint64_t count = std::min(step, c.k - first);
-      float amax = 0;
-      for (uint64_t i = 0; i < count; ++i) amax = std::max(amax, std::fabs(from[i]));
+      float above = 0, below = 0;
+      for (uint64_t i = 0; i < count; ++i) {
+        above = std::max(above, from[i]);
+        below = std::max(below, -from[i]);
+      }
+      if (std::max(above, below) < 0x1p-100f) continue;
+      const float half_range = p.group_size == 0 ? 0.5f * above + 0.5f * below : std::max(above, below);
       for (uint64_t i = 0; i < count; ++i)
-        x[m * c.k + first + i] = amax < 0x1p-100f ? 0.0f : std::nearbyint(from[i] * (127.0f / amax)) * (amax / 127.0f);
+        x[m * c.k + first + i] = std::nearbyint(from[i] * (127.0f / half_range)) * (half_range / 127.0f);
     }
   }
   return x;

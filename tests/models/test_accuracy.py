@@ -92,6 +92,7 @@ def _random() -> list[Product]:
     return [
         Product("normal", x, w),
         Product("outlying activations", outliers, w),
+        Product("activations behind a Relu", np.maximum(x, 0), w),
         Product("outlying weights", x, heavy),
     ]
 

@@ -110,11 +110,11 @@ def test_a_row_does_not_depend_on_the_others(isa: str, weight_type: WeightType, 
 @pytest.mark.parametrize("weight_type", QUANTIZED)
 def test_activations_round_to_the_even_code(isa: str, weight_type: WeightType) -> None:
     # A scale of one on both sides: the outputs are the codes, times the weight.
-    x = np.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.49]], np.float32)
+    x = np.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0]], np.float32)
     weight = 127.0 if weight_type is WeightType.INT8 else -8.0
     blob = packing.pack(np.diag(np.full(8, weight, np.float32)), PackOptions(weight_type))
     y, _ = packing.matmul(blob, x, isa=isa)
-    codes = [127, 0, 2, 2, 0, -2, -2, 126]
+    codes = [127, 0, 2, 2, 0, -2, -2, -127]
     np.testing.assert_array_equal(y[0], weight * np.array(codes))
 
 
@@ -205,6 +205,7 @@ def test_the_ends_of_the_range_of_codes(isa: str, weight_type: WeightType, form:
         # Whole numbers up to 127 are their own codes, and every sum is exact.
         x = rng.integers(-127, 128, (m, k)).astype(np.float32)
         x[:, :: options.group_size or k] = 127
+        x[:, 1] = -127
         y, path = packing.matmul(blob, x, isa=isa)
         if path == "amx" and weight_type is WeightType.INT4 and m > 32:
             x = reference.round_to_bf16(x)

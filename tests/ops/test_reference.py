@@ -53,9 +53,13 @@ def test_activations_in_bf16() -> None:
 
 def test_activations_in_int8() -> None:
     x = np.array([[127.0, 0.5, 1.5, -2.5, -127.0, 0.0], [0.0, -0.0, 0.0, 0.0, 0.0, 254.0]], np.float32)
+    # Rows span 254 numbers from their least element or zero on.
     codes, scales = reference.quantize_int8(x)
-    np.testing.assert_array_equal(codes, [[127, 0, 2, -2, -127, 0], [0, 0, 0, 0, 0, 127]])
-    np.testing.assert_array_equal(scales[:, 0], [1, 2])
+    np.testing.assert_array_equal(codes, [[127, 0, 2, -2, -127, 0], [0, 0, 0, 0, 0, 254]])
+    np.testing.assert_array_equal(scales[:, 0], [1, 1])
+    codes, scales = reference.quantize_int8(np.array([[-50.4, 203.2, 1.0, 0.0]], np.float32))
+    np.testing.assert_array_equal(codes, [[-50, 204, 1, 0]])
+    np.testing.assert_allclose(scales, 253.6 / 254)
     # Groups of a row have scales of their own, the last one may be shorter.
     codes, scales = reference.quantize_int8(x, 4)
     np.testing.assert_array_equal(codes[1], [0, 0, 0, 0, 0, 127])
@@ -66,8 +70,8 @@ def test_int8_activations_that_are_tiny_or_not_finite() -> None:
     smallest = np.float32(2.0**-100)
     x = np.array([[smallest, 0], [smallest * np.float32(0.999), 0], [np.inf, 1], [1, np.nan]], np.float32)
     codes, scales = reference.quantize_int8(x)
-    np.testing.assert_array_equal(codes, [[127, 0], [0, 0], [0, 0], [0, 0]])
-    np.testing.assert_array_equal(scales[:, 0], np.array([smallest / 127, 0, np.nan, np.nan], np.float32))
+    np.testing.assert_array_equal(codes, [[254, 0], [0, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(scales[:, 0], np.array([smallest / 254, 0, np.nan, np.nan], np.float32))
     y = reference.sparse_amx_matmul(x, np.zeros((2, 3), np.float32), activations="int8")
     assert np.isnan(y[2:]).all()
     assert not y[:2].any()
@@ -76,10 +80,11 @@ def test_int8_activations_that_are_tiny_or_not_finite() -> None:
 def test_products_with_int8_activations() -> None:
     x = np.array([[2.0, -1.0, 0.01, 0.02]], np.float32)
     w = np.array([[1.0], [1.0], [100.0], [100.0]], np.float32)
-    # One scale of 2/127: 0.01 is code 1 of it (0.635), 0.02 as well (1.27).
-    step = 2 / 127
+    # A row has one scale of 3/254: 0.01 is 1 of it (0.85), 0.02 is 2 (1.69), and 2 and -1 are 169 and -85.
     row = reference.sparse_amx_matmul(x, w, activations="int8")
-    np.testing.assert_allclose(row, [[2 - 64 * step + 200 * step]], rtol=1e-6)
+    np.testing.assert_allclose(row, [[(169 - 85 + 300) * 3 / 254]], rtol=1e-6)
+    # A group of two has 2/127, which makes 64 of 1; the other 0.02/127.
+    step = 2 / 127
     grouped = reference.sparse_amx_matmul(x, w, activations="int8", group_size=2)
     np.testing.assert_allclose(grouped, [[2 - 64 * step + 2 + 100 * 64 * 0.02 / 127]], rtol=1e-6)
 
