@@ -121,6 +121,7 @@ class Dequantized:
             return np.array(self.zero, np.float32)
         return np.asarray(self.zero.numpy()).astype(np.float32)
 
+    @np.errstate(all="ignore")
     def _spread(self, operation: Callable[..., object], values: Floats, operand: Floats) -> None:
         """``values = operation(values, operand)``, every element with its own scale's operand."""
         if operand.size == 1:

@@ -322,7 +322,9 @@ def _fold_identity(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | Not
 
 def _fold_cast(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotConstant:
     attribute = node.attributes.get("to")
-    target = None if attribute is None else ir.DataType(attribute.as_int())
+    target = None
+    if attribute is not None and attribute.as_int() in ir.DataType.__members__.values():
+        target = ir.DataType(attribute.as_int())
     if target == inner.dtype:
         return inner
     if target is None or target not in _FLOATS or inner.dtype not in _FLOATS:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from sparamx_onnx.graph_passes.linear_layers import holds_products
+from sparamx_onnx.ops.errors import SparamxError
 
 
 def inline_functions(model: ir.Model) -> None:
@@ -31,7 +32,11 @@ def inline_functions(model: ir.Model) -> None:
             for value in node.outputs:
                 if value.name in taken:
                     value.name = f"{function.name}.{value.name}"
-    InlinePass()(model)
+    try:
+        InlinePass()(model)
+    except Exception as error:  # whatever a model that is not valid trips over in there
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise SparamxError(f"The functions of the model cannot be inlined: {cause}") from error
 
 
 def _can_be_inlined(model: ir.Model) -> bool:

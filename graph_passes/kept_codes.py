@@ -81,7 +81,8 @@ def kept_codes(weight: FoldedConstant, scale: float = 1.0) -> KeptCodes | NotCon
     k = weight.shape[0]
     group = _group_size(step.block or k, k)
     if group is not None and _fits(low, high, WeightType.INT4):
-        rounded = scales.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):  # what is beyond fp16 becomes infinite, and so differs
+            rounded = scales.astype(np.float16).astype(np.float32)
         scale_type = ScaleType.FP16 if scale == 1.0 and np.array_equal(rounded, scales) else ScaleType.FP32
         return KeptCodes(weight, PackOptions(WeightType.INT4, scale_type=scale_type, group_size=group))
     if scales.shape[0] == 1 and _fits(low, high, WeightType.INT8):

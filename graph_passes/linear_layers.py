@@ -169,9 +169,9 @@ class LinearLayerFinder:
         if reader is not None:
             try:
                 product = reader(node, self._folder)
-            except TypeError as error:  # an attribute of another type than the operator's
-                product = Refusal(Reason.MALFORMED_NODE, f"{error}.")
-            return None if product is None else self._judge(node, product)
+                return None if product is None else self._judge(node, product)
+            except TypeError as error:  # an attribute, here or of a node around, of another type than the operator's
+                return self._judge(node, Refusal(Reason.MALFORMED_NODE, f"{error}."))
         inputs = _RELATIVES.get((node.domain, node.op_type))
         if inputs is None:
             return None

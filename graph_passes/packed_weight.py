@@ -201,6 +201,7 @@ class PackedSiblings(PackedTensor):
         return f"PackedSiblings(name={self.name!r}, parts={self.parts!r})"
 
 
+@np.errstate(all="ignore")
 def _scaled(array: npt.NDArray[np.generic], scale: float) -> npt.NDArray[np.float32]:
     """The product in float32, computed in pieces so that no other copy of the whole is made."""
     scaled = np.empty(array.shape, np.float32)

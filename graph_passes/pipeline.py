@@ -249,14 +249,23 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
 
 def _check_values_are_defined(model: ir.Model) -> None:
     """Refuses what onnx_ir cannot represent: it drops sparse initializers, so they would be missing when saved."""
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        for value in node.inputs:
-            if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
-                continue
-            raise SparamxError(
-                f"Nothing defines the value '{value.name}' that the node '{node.name}' reads "
-                "(sparse initializers are not supported)."
-            )
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
+        for node in ir.traversal.RecursiveGraphIterator(root):
+            for value in node.inputs:
+                if value is not None and not _is_defined(value):
+                    raise SparamxError(
+                        f"Nothing defines the value '{value.name}' that the node '{node.name}' reads "
+                        "(sparse initializers are not supported)."
+                    )
+    for graph in model.graphs():
+        for value in graph.outputs:
+            if not _is_defined(value):
+                raise SparamxError(f"Nothing defines the output '{value.name}' of the graph '{graph.name}'.")
+
+
+def _is_defined(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
 
 
 def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]:

@@ -14,7 +14,7 @@ namespace sparamx {
 namespace {
 
 SPARAMX_INLINE void Relu(Lanes* x) {
-  *x = *x < 0.0f ? *x * 0.0f : *x;
+  *x = *x < 0.0f ? Lanes{} : *x;  // not a product: -infinity is zero too, and zero is not negative
 }
 
 SPARAMX_INLINE void Silu(Lanes* x) {

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the check failed (verify), 2 wrong usage or unusable input
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,10 @@ _MAGNITUDE_WARNING = (
     "warning: --method magnitude prunes without looking at any data, and at 50 % it usually ruins a language model;"
     " judge the result on your own data before you use it."
 )
+
+
+# Of damaged models onnx_ir warns through its logger; what matters is checked and refused in one sentence.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 
 def main() -> NoReturn:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -64,8 +65,13 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     for tensor in _tensors_of_model(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _resolve_external(path, folders, tensor, sizes)
+        else:
+            _check_inline(path, tensor)
+    _check_references(path, proto)
     try:
-        model = ir.serde.deserialize_model(proto)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is checked, and refused in one sentence
+            model = ir.serde.deserialize_model(proto)
     except Exception as error:  # whatever a damaged model trips over inside of onnx_ir
         raise SparamxError(f"{path}: not a valid ONNX model: {_first_line(error)}") from error
     total = _size(path) + sum(sizes.values())
@@ -122,7 +128,7 @@ def _resolve_external(path: Path, folders: set[Path], tensor: onnx.TensorProto, 
     if target not in sizes:
         if not any(target.is_relative_to(folder) for folder in folders):
             raise SparamxError(f"{path}: external data {location} is a link that leaves the model's folder")
-        if not target.exists():
+        if not _exists(target):
             raise SparamxError(f"{path}: its external data file {path.parent / location} is missing")
         if not target.is_file() or not os.access(target, os.R_OK):
             raise SparamxError(f"{path}: its external data file {path.parent / location} cannot be read")
@@ -137,6 +143,50 @@ def _resolve_external(path: Path, folders: set[Path], tensor: onnx.TensorProto, 
     if length and length < _dense_bytes(path, tensor):
         raise SparamxError(f"{path}: the external data of tensor '{tensor.name}' is shorter than its shape needs")
     entries["location"].value = os.fspath(target)
+
+
+def _check_inline(path: Path, tensor: onnx.TensorProto) -> None:
+    """Checks that a tensor holds as many elements as its shape says."""
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return
+    needed = _dense_bytes(path, tensor)
+    if tensor.HasField("raw_data"):
+        stored = len(tensor.raw_data)
+    else:
+        bits = int(ir.DataType(tensor.data_type).bitwidth)
+        fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+        # An entry holds one element, or one byte of elements that are smaller; complex numbers take two entries.
+        is_complex = tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
+        stored = max(map(len, fields)) * max(1, bits // (16 if is_complex else 8))
+    if stored != needed:
+        raise SparamxError(
+            f"{path}: tensor '{tensor.name}' holds {stored} bytes, but its type and shape need {needed}; the file is"
+            " damaged"
+        )
+
+
+def _check_references(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuses attributes that refer to those of a function where there is none, and bodies that a caller would give."""
+    bodies = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    for graph, in_function in [(proto.graph, False), *((function, True) for function in proto.functions)]:
+        for node in _nodes_of(graph.node):
+            for attribute in node.attribute:
+                if attribute.ref_attr_name and (attribute.type in bodies or not in_function):
+                    raise SparamxError(
+                        f"{path}: the attribute '{attribute.name}' of node '{node.name}' refers to one of a function's,"
+                        " which it cannot have"
+                    )
+
+
+def _nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes, and those of their bodies."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes_of(attribute.g.node)
+            for graph in attribute.graphs:
+                yield from _nodes_of(graph.node)
 
 
 def _number(path: Path, tensor: onnx.TensorProto, entry: onnx.StringStringEntryProto | None) -> int:
@@ -191,6 +241,13 @@ def _tensors_of_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
 def _real(path: Path) -> Path:
     # Not Path.resolve: that raises for a loop of links, which is a missing file like others.
     return Path(os.path.realpath(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or holds what none can
+        return False
 
 
 def _size(path: Path) -> int:

@@ -211,3 +211,12 @@ def test_the_ends_of_the_range_of_codes(isa: str, weight_type: WeightType, form:
             x = reference.round_to_bf16(x)
         expected = x.astype(np.float64) @ w
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(x).astype(np.float64).dot(np.abs(w)).max())
+
+
+@pytest.mark.parametrize("isa", SUPPORTED)
+def test_relu_of_infinite_sums(isa: str) -> None:
+    bias = np.array([-np.inf, np.inf, np.nan, -1.0, -0.0, 2.0], np.float32)
+    blob = packing.pack(np.zeros((8, bias.size), np.float32), PackOptions(WeightType.FP32))
+    y, _ = packing.matmul(blob, np.ones((3, 8), np.float32), bias, "relu", isa)
+    np.testing.assert_array_equal(y, np.tile(np.array([0, np.inf, np.nan, 0, 0, 2], np.float32), (3, 1)))
+    assert not np.signbit(y[:, [0, 3]]).any()
