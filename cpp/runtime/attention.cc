@@ -61,6 +61,13 @@ int64_t PositionOf(const AttentionCall& c, const Lengths& lengths, size_t entry,
   return first > most ? first : first + static_cast<int64_t>(token);
 }
 
+// The rows [first, last) of one head that are not new: copies the past ones, zeros those beyond the entry's keys.
+void CopyPast(const float* past, float* present, size_t size, const Lengths& lengths, size_t first, size_t last) {
+  const size_t copied = std::min(last, lengths.past), beyond = std::max(first, lengths.total);
+  if (first < copied) std::memcpy(present + first * size, past + first * size, (copied - first) * size * sizeof(float));
+  if (beyond < last) std::memset(present + beyond * size, 0, (last - beyond) * size * sizeof(float));
+}
+
 // One work item's own memory.
 struct Slot {
   float *q, *sums, *turned, *scores, *max, *denominator;
@@ -227,20 +234,17 @@ size_t Attention::Task::Claim(size_t item) const {
 // call's tokens, zeros beyond both.
 void Attention::Task::Append(size_t entry, size_t kv_head, size_t first, size_t last) const {
   const AttentionCall& c = call;
-  const Attention::Options& options = attention->options_;
   const Lengths lengths = LengthsOf(c, entry);
-  const size_t head = entry * options.kv_heads + kv_head;
+  const size_t head = entry * attention->options_.kv_heads + kv_head;
   float* const keys = c.present_key + head * c.capacity * c.key_size;
   float* const values = c.present_value + head * c.capacity * c.value_size;
-  const bool shared = c.past_key == c.present_key && c.past_value == c.present_value;
-  const size_t copied = std::min(last, lengths.past);
-  if (!shared && first < copied) {
-    const float* const past_keys = c.past_key + head * c.past_capacity * c.key_size;
-    const float* const past_values = c.past_value + head * c.past_capacity * c.value_size;
-    std::memcpy(keys + first * c.key_size, past_keys + first * c.key_size,
-                (copied - first) * c.key_size * sizeof(float));
-    std::memcpy(values + first * c.value_size, past_values + first * c.value_size,
-                (copied - first) * c.value_size * sizeof(float));
+  if (c.past_key != c.present_key) {
+    const float* past = c.past_key == nullptr ? nullptr : c.past_key + head * c.past_capacity * c.key_size;
+    CopyPast(past, keys, c.key_size, lengths, first, last);
+  }
+  if (c.past_value != c.present_value) {
+    const float* past = c.past_value == nullptr ? nullptr : c.past_value + head * c.past_capacity * c.value_size;
+    CopyPast(past, values, c.value_size, lengths, first, last);
   }
   for (size_t t = std::max(first, lengths.past); t < std::min(last, lengths.total); ++t) {
     const size_t token = t - lengths.past;
@@ -248,17 +252,12 @@ void Attention::Task::Append(size_t entry, size_t kv_head, size_t first, size_t 
     const float* const value = c.value + (entry * c.new_keys + token) * c.value_stride + kv_head * c.value_size;
     if (c.cos != nullptr) {
       const size_t at = static_cast<size_t>(PositionOf(c, lengths, entry, token)) * c.rotary_half;
-      RotateHead(key, keys + t * c.key_size, c.key_size, c.cos + at, c.sin + at, c.rotary_half, options.interleaved,
-                 1.0f);
+      RotateHead(key, keys + t * c.key_size, c.key_size, c.cos + at, c.sin + at, c.rotary_half,
+                 attention->options_.interleaved, 1.0f);
     } else {
       std::memcpy(keys + t * c.key_size, key, c.key_size * sizeof(float));
     }
     std::memcpy(values + t * c.value_size, value, c.value_size * sizeof(float));
-  }
-  const size_t beyond = std::max(first, lengths.total);
-  if (!shared && beyond < last) {
-    std::memset(keys + beyond * c.key_size, 0, (last - beyond) * c.key_size * sizeof(float));
-    std::memset(values + beyond * c.value_size, 0, (last - beyond) * c.value_size * sizeof(float));
   }
 }
 

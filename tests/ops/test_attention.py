@@ -464,3 +464,33 @@ def test_shapes_are_inferred(packed: bool) -> None:
     model = helper.make_model(graph, ir_version=10, opset_imports=imports).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].shape == ["batch", "tokens", 64]
+
+
+def _damage(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
+    """Another length, another rank, or integers that make no sense."""
+    kind = rng.integers(4)
+    if kind == 0 and array.ndim and array.size:
+        axis = int(rng.integers(array.ndim))
+        length = int(rng.integers(array.shape[axis] + 2))
+        return np.take(array, np.arange(length) % array.shape[axis], axis)
+    if kind == 1:
+        return array.reshape(-1) if rng.integers(2) else array[None]
+    if array.dtype == np.float32:
+        return array
+    if kind == 2:
+        return array + array.dtype.type(rng.integers(-5, 6))
+    return rng.integers(-(2**31), 2**31 - 1, array.shape).astype(array.dtype)
+
+
+def test_damaged_calls_run_or_are_refused_in_words() -> None:
+    rng = np.random.default_rng(6)
+    refused = []
+    for case in make_cases(400, 150):
+        name = str(rng.choice(list(case.inputs)))
+        case.inputs[name] = np.ascontiguousarray(_damage(rng, case.inputs[name]))
+        try:
+            attention_session(case.options, case.inputs).run(None, case.inputs)
+        except Exception as error:
+            refused.append(f"{name} in {case}: {error}")
+    assert len(refused) > 30
+    assert [text for text in refused if "SparseAMXAttention node 'attention': " not in text] == []
