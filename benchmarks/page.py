@@ -266,6 +266,29 @@ def levels() -> str:
     return table(["weights", "level", *(f"M = {m}" for m in (1, 4, 16, 128, 512))], rows)
 
 
+# Levels that this machine does not choose, lowest first.
+OTHER_LEVELS = LEVELS[:4]
+
+
+def other_levels() -> str:
+    """Packed layers at forced levels against ONNX Runtime fp32; at M = 1 also the share of a plain streaming loop."""
+    rows = []
+    for level in OTHER_LEVELS:
+        for cell in load(f"models_{level}")["cells"]:
+            row = [level, str(cell["m"])]
+            for kind in TYPES:
+                engine = f"packed-{kind}"
+                seen = ratio(cell, engine, models.BASELINE)
+                row.append("" if seen is None else f"{seen[0]:.2f}x")
+                streams = cell["streams"].get(engine)
+                if streams:
+                    read = cell["streamed_bytes"][engine] / streams["plain"]["seconds"]
+                    share = cell["packed_bytes"][engine] / cell["engines"][engine]["seconds"] / read
+                    row[-1] += f" ({share:.0%})"
+            rows.append(row)
+    return table(["level", "M", *TYPES], rows)
+
+
 def choice() -> str:
     """The rules that the measurements make, and what choosing by M alone costs."""
     document = load("choice")
@@ -297,7 +320,8 @@ def cpu() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(cpu, targets, peers, model_streaming, all_shapes, slower_shapes, decode, arithmetic, levels, choice),
+        *(cpu, targets, peers, model_streaming, all_shapes, slower_shapes, decode, arithmetic),
+        *(levels, other_levels, choice),
     )
 }
 
