@@ -109,6 +109,11 @@ class PackedWeight(PackedTensor):
         """The weight."""
         return (self.weight,)
 
+    @property
+    def pruner(self) -> Pruner | None:
+        """What sets its weights to zero."""
+        return self._prune
+
     def when_packed(self, observer: Callable[[PackedInfo], None]) -> None:
         """Has a function called with what the blob says of itself, every time it has been packed."""
         self._observers.append(observer)

@@ -8,18 +8,22 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.calibration import Runs
 from sparamx_onnx.graph_passes.fold_constants import NotConstant
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings, FuseSiblingsPass
 from sparamx_onnx.graph_passes.inline_functions import inline_functions
 from sparamx_onnx.graph_passes.kept_codes import KeptCodes, kept_codes
 from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayer, LinearLayerFinder
-from sparamx_onnx.graph_passes.packed_weight import PackedWeight
+from sparamx_onnx.graph_passes.packed_weight import PackedWeight, Pruner
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
+from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruner, CalibratedPruning
 from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_because, zeros_wanted
+from sparamx_onnx.graph_passes.prune_pattern import Pattern, prune_to_pattern
 from sparamx_onnx.graph_passes.rewrite_attention import RewriteAttentionPass
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
 from sparamx_onnx.ops import library
@@ -63,6 +67,18 @@ class Method(StrEnum):
     AUTO = "auto"
     KEEP = "keep"
     MAGNITUDE = "magnitude"
+    WANDA = "wanda"
+    SPARSEGPT = "sparsegpt"
+
+
+class Allocation(StrEnum):
+    """How zeros are distributed over the layers."""
+
+    UNIFORM = "uniform"
+    SENSITIVITY = "sensitivity"
+
+
+_CALIBRATED: Final = (Method.WANDA, Method.SPARSEGPT)
 
 
 class AttentionMode(StrEnum):
@@ -77,10 +93,17 @@ class ConvertOptions:
     """What to convert, and how.
 
     Attributes:
-        method: ``auto`` and ``keep`` keep the zeros that are there; ``magnitude`` sets the smallest weights to zero,
-            which takes no calibration data and can ruin a model.
+        method: ``keep`` keeps the zeros that are there. ``magnitude`` sets the smallest weights to zero, which takes no
+            calibration inputs and can ruin a model. ``wanda`` chooses the weights to set to zero by calibration inputs,
+            and ``sparsegpt`` also changes the others to make up for them. ``auto`` is ``sparsegpt`` with calibration
+            inputs and ``keep`` without.
         sparsity: The share of zeros that pruning aims at, at least 0 and below 1; None takes 0.5. Only for methods that
-            prune.
+            prune, without a pattern.
+        pattern: ``N:M`` (2:4, 4:8): of M consecutive weights of an output along K at most N are not zero. Only for
+            methods that prune.
+        allocation: ``uniform`` gives every pruned weight the same sparsity. ``sensitivity`` measures for which layers
+            the model's outputs suffer less and gives them more of the zeros; for calibrated methods without a pattern.
+        calibrated: Whether there are calibration inputs, which ``prune`` is then given.
         weights: The type of the packed weights: fp32, bf16, int8 or int4. The latter two quantize the weights when they
             are packed (after pruning, so zeros stay zeros), and the activations when the model runs. None takes bf16,
             but leaves weights that are quantized already in int8 or int4.
@@ -100,6 +123,9 @@ class ConvertOptions:
 
     method: Method = Method.AUTO
     sparsity: float | None = None
+    pattern: Pattern | None = None
+    allocation: Allocation = Allocation.UNIFORM
+    calibrated: bool = False
     weights: WeightType | None = None
     group_size: int | None = None
     scale_type: ScaleType | None = None
@@ -119,6 +145,7 @@ class ConvertOptions:
         # Plain strings are welcome, as they come from a command line.
         kinds = {
             "method": Method,
+            "allocation": Allocation,
             "weights": WeightType,
             "scale_type": ScaleType,
             "fuse_siblings": FuseSiblings,
@@ -131,15 +158,13 @@ class ConvertOptions:
                 object.__setattr__(self, name, kind(getattr(self, name)))
             except ValueError:
                 choices = ", ".join(kind)
-                raise SparamxError(f"There is no {name} {getattr(self, name)!r}; there are {choices}.") from None
+                what = name.replace("_", " ")
+                raise SparamxError(f"There is no {what} {getattr(self, name)!r}; there are {choices}.") from None
+        text: object = self.pattern
+        if isinstance(text, str):
+            object.__setattr__(self, "pattern", Pattern.parse(text))
         self._check_scales()
-        if self.sparsity is not None:
-            if not self.prunes:
-                raise SparamxError(
-                    f"The method {self.method.value} keeps the weights as they are, so it takes no sparsity; "
-                    f"choose the method {Method.MAGNITUDE.value}."
-                )
-            zeros_wanted(0, self.sparsity)
+        self._check_pruning()
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             if isinstance(patterns, str):
@@ -150,6 +175,28 @@ class ConvertOptions:
                     re.compile(pattern)
                 except re.error as error:
                     raise SparamxError(f"The {name} pattern {pattern!r} is no regular expression: {error}.") from None
+
+    def _check_pruning(self) -> None:
+        method = self.method.value
+        if self.method in _CALIBRATED and not self.calibrated:
+            raise SparamxError(f"The method {method} needs calibration inputs.")
+        if self.calibrated and not self.prunes_by_calibration:
+            raise SparamxError(f"The method {method} takes no calibration inputs; choose sparsegpt, wanda or auto.")
+        if not self.prunes and (self.sparsity is not None or self.pattern is not None):
+            what = "sparsity" if self.sparsity is not None else "pattern"
+            raise SparamxError(
+                f"The method {method} keeps the weights as they are, so it takes no {what}; "
+                f"give calibration inputs, or choose the method {Method.MAGNITUDE.value}."
+            )
+        if self.sparsity is not None:
+            zeros_wanted(0, self.sparsity)
+            if self.pattern is not None:
+                raise SparamxError(f"The pattern {self.pattern} decides the sparsity; leave one of the two out.")
+        if self.allocation is Allocation.SENSITIVITY:
+            if not self.prunes_by_calibration:
+                raise SparamxError("Sparsity by sensitivity needs calibration inputs.")
+            if self.pattern is not None:
+                raise SparamxError(f"The pattern {self.pattern} gives every layer the same sparsity.")
 
     def _check_scales(self) -> None:
         if self.weights is WeightType.INT4:
@@ -181,20 +228,32 @@ class ConvertOptions:
         )
 
     @property
+    def prunes_by_calibration(self) -> bool:
+        """Whether the method sets weights to zero by calibration inputs."""
+        return self.calibrated and self.method in (Method.AUTO, *_CALIBRATED)
+
+    @property
     def prunes(self) -> bool:
         """Whether the method sets weights to zero."""
-        return self.method is Method.MAGNITUDE
+        return self.method is Method.MAGNITUDE or self.prunes_by_calibration
 
     @property
     def target_sparsity(self) -> float | None:
         """The sparsity that pruning aims at; None where nothing is pruned."""
-        return None if not self.prunes else DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        if not self.prunes:
+            return None
+        if self.pattern is not None:
+            return self.pattern.sparsity
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     def to_json(self) -> dict[str, object]:
         """The options that decide about the result, as JSON values."""
         return {
             "method": self.method.value,
             "sparsity": self.target_sparsity,
+            "pattern": None if self.pattern is None else str(self.pattern),
+            "allocation": self.allocation.value if self.prunes_by_calibration else None,
+            "calibrated": self.calibrated,
             "weights": self.weight_type.value,
             "group_size": self.group_size,
             "scale_type": None if self.scale_type is None else self.scale_type.value,
@@ -247,6 +306,39 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
     return plan
 
 
+def prune(
+    model: ir.Model, plan: Plan, options: ConvertOptions, runs: Runs, folder: Path, progress: Progress | None = None
+) -> None:
+    """Prunes by calibration, where the options ask for it; between ``run`` and ``write.save``.
+
+    Args:
+        model: What ``run`` has rewritten.
+        plan: What ``run`` returned; completed by the error of each pruned layer.
+        options: The same as for ``run``.
+        runs: The calibration inputs: for each run of the model, one array per input by name.
+        folder: For the pruned weights, which must stay there until the model is saved, and for intermediate results.
+        progress: Called with steps done and steps in total.
+
+    Raises:
+        SparamxError: ONNX Runtime cannot run the model on the inputs, or a weight cannot be read or pruned.
+    """
+    if not options.prunes_by_calibration:
+        return
+    pruning = CalibratedPruning(
+        model,
+        runs,
+        folder,
+        updates=options.method is not Method.WANDA,
+        pattern=options.pattern,
+        by_sensitivity=options.allocation is Allocation.SENSITIVITY,
+        threads=options.threads,
+        progress=progress,
+    )
+    errors = pruning.run()
+    for node in plan.converted:
+        node.error = errors.get(node.shared or "")
+
+
 def _check_values_are_defined(model: ir.Model) -> None:
     """Refuses what onnx_ir cannot represent: it drops sparse initializers, so they would be missing when saved."""
     roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
@@ -296,11 +388,23 @@ def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]
             if sparsity is not None:
                 # A pattern that includes a layer names it.
                 plan.prune_note = "" if included is not None else spared_because(layer)
+                if not plan.prune_note and options.prunes_by_calibration and plan.graph is not None:
+                    plan.prune_note = "It is in the body of a node, where calibration does not look."
                 plan.pruned = not plan.prune_note
             if plan.pruned and sparsity is not None:
-                prune = functools.partial(prune_magnitude, sparsity=sparsity)
-                chosen = replace(chosen, prune=prune, prune_key=(options.method, sparsity))
+                chosen = replace(chosen, prune=_pruner(options, sparsity), prune_key=(options.method, sparsity))
+                if options.prunes_by_calibration and options.method is not Method.WANDA and codes is not None:
+                    # SparseGPT changes the weights that stay, so they are quantized anew, in the same type.
+                    plan.keeps_codes, chosen = False, replace(chosen, codes=None)
             yield chosen
+
+
+def _pruner(options: ConvertOptions, sparsity: float) -> Pruner:
+    if options.prunes_by_calibration:
+        return CalibratedPruner(sparsity)
+    if options.pattern is not None:
+        return functools.partial(prune_to_pattern, pattern=options.pattern)
+    return functools.partial(prune_magnitude, sparsity=sparsity)
 
 
 def _codes_to_keep(layer: LinearLayer, options: ConvertOptions) -> KeptCodes | NotConstant | None:
@@ -358,6 +462,10 @@ def _bytes_to_read(chosen: Chosen) -> int:
 
 def _size(chosen: Chosen, options: ConvertOptions) -> tuple[int, int, Form]:
     """Non-zeros, bytes and form of a packed weight."""
+    if isinstance(chosen.prune, CalibratedPruner):
+        # What it will leave is not known yet; as many zeros elsewhere take nearly as many bytes.
+        stand_in = replace(options, method=Method.MAGNITUDE, calibrated=False, allocation=Allocation.UNIFORM)
+        chosen = replace(chosen, prune=_pruner(stand_in, chosen.prune.sparsity))
     weight_type = chosen.options.weight_type
     if weight_type in _QUANTIZED:
         # Which weights round to zero depends on the scales, so on all others: there is nothing cheaper than packing.
@@ -372,6 +480,8 @@ def _count_nonzero(chosen: Chosen, options: ConvertOptions) -> int:
     layer = chosen.layer
     if chosen.prune is not None:
         size = layer.k * layer.n
+        if options.pattern is not None:
+            return size - options.pattern.zeros(layer.k, layer.n)
         return size - zeros_wanted(size, options.target_sparsity or 0.0)
     source = PackedWeight("", layer.weight, chosen.options, scale=layer.scale).source()
     return count_nonzero(source, chosen.options.weight_type)

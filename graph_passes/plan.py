@@ -112,6 +112,8 @@ class NodePlan:
         absorbed: Names of the other nodes that the sparse operator replaces.
         pruned: Whether the chosen method prunes this weight.
         prune_note: Why a weight is not pruned although the method prunes; empty otherwise.
+        error: How far calibrated pruning has moved the layer's result on calibration inputs, as a ratio of Euclidean
+            norms (the activation function left aside); None where nothing was calibrated.
         keeps_dense: Whether the dense weight stays in the model, because something else uses it.
         keeps_codes: Whether the weight was quantized already and keeps its codes and scales.
         shared: Name of the first packed initializer with the same bytes in the file.
@@ -139,6 +141,7 @@ class NodePlan:
     absorbed: tuple[str, ...] = ()
     pruned: bool = False
     prune_note: str = ""
+    error: float | None = None
     keeps_dense: bool = False
     keeps_codes: bool = False
     shared: str | None = None
@@ -181,6 +184,7 @@ class NodePlan:
             "absorbed": list(self.absorbed),
             "pruned": self.pruned,
             "prune_note": self.prune_note,
+            "error": self.error,
             "keeps_dense": self.keeps_dense,
             "keeps_codes": self.keeps_codes,
         }

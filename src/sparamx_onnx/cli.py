@@ -136,8 +136,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
             "the smallest files; verify and judge the result before you use it",
         ),
         (
-            "sparamx-onnx convert model.onnx --method magnitude --sparsity 0.6",
-            "prunes a dense model, at a risk to its quality",
+            "sparamx-onnx convert model.onnx --calibration inputs/ --sparsity 0.6",
+            "prunes a dense model by typical inputs, .npz files in a folder",
         ),
         ("sparamx-onnx convert model.onnx --exclude lm_head --dry-run", "what would happen; writes nothing"),
     ),
@@ -146,16 +146,35 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.option("-o", "--output", metavar="OUT", help="The file to write; NAME.sparse.onnx beside MODEL by default.")
 @click.option(
     "--method",
-    type=click.Choice(["auto", "keep", "magnitude"]),
+    type=click.Choice(["auto", "keep", "magnitude", "wanda", "sparsegpt"]),
     default="auto",
     show_default=True,
-    help="keep: only the zeros that are there. magnitude: set the smallest weights to zero, uncalibrated. auto: keep.",
+    help="keep: only the zeros that are there. magnitude: set the smallest weights to zero, uncalibrated. wanda,"
+    " sparsegpt: prune by --calibration; sparsegpt keeps more of the model's quality. auto: sparsegpt with"
+    " --calibration, keep without.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE.npz|DIR",
+    help="Typical inputs to prune by: one array per input (numpy.savez), or a folder of such files, one per run.",
 )
 @click.option(
     "--sparsity",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of zeros per weight for --method magnitude. An output layer is pruned only if --include matches it."
+    help="Share of zeros per weight, where weights are pruned. An output layer is pruned only if --include matches it."
     "  [default: 0.5]",
+)
+@click.option(
+    "--pattern",
+    type=click.Choice(["2:4", "4:8"]),
+    help="Prune in this pattern (2 or 4 of 4 or 8 consecutive weights stay) instead of to --sparsity.",
+)
+@click.option(
+    "--allocation",
+    type=click.Choice(["uniform", "sensitivity"]),
+    default="uniform",
+    show_default=True,
+    help="sensitivity: with --calibration, measure which layers suffer less, and give them more of the zeros.",
 )
 @click.option(
     "--weights",
@@ -208,7 +227,10 @@ def convert(
     model: str,
     output: str | None,
     method: str,
+    calibration: str | None,
     sparsity: float | None,
+    pattern: str | None,
+    allocation: str,
     weights: str | None,
     group_size: str | None,
     scale_type: str | None,
@@ -238,6 +260,9 @@ def convert(
             output,
             method=method,
             sparsity=sparsity,
+            pattern=pattern,
+            allocation=allocation,
+            calibration=calibration,
             weights=weights,
             group_size=None if group_size is None else int(group_size),
             scale_type=scale_type,

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from sparamx_onnx.environment import kernels_here
+from sparamx_onnx.feeds import read_calibration
 from sparamx_onnx.graph_passes import pipeline, write
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
 from sparamx_onnx.graph_passes.plan import Plan, Reason
+from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.packing import ScaleType, WeightType
 from sparamx_onnx.output import check_destination, commit, data_path, staging, write_error
@@ -61,6 +63,9 @@ def convert(
     *,
     method: str = "auto",
     sparsity: float | None = None,
+    pattern: str | None = None,
+    allocation: str = "uniform",
+    calibration: str | os.PathLike[str] | None = None,
     weights: str | None = None,
     group_size: int | None = None,
     scale_type: str | None = None,
@@ -81,9 +86,14 @@ def convert(
         model: An ONNX file.
         output: The file to write; its weights go to the same name with ``.data`` appended. By default
             ``NAME.sparse.onnx`` in the folder of ``NAME.onnx``.
-        method: ``keep`` uses the zeros that are there, and so does ``auto``. ``magnitude`` sets the smallest weights to
-            zero without looking at any data, which usually ruins a language model at 50 %.
-        sparsity: Share of zeros that pruning leaves behind, per weight; 0.5 if None. Only for ``magnitude``.
+        method: ``keep`` uses the zeros that are there. ``magnitude`` sets the smallest weights to zero without looking
+            at any data, which usually ruins a language model at 50 %. ``wanda`` and ``sparsegpt`` run the model on
+            ``calibration`` and prune layer by layer; the latter changes the weights that stay to make up for the
+            others, and is what to use. ``auto`` is ``sparsegpt`` with ``calibration``, and ``keep`` without.
+        sparsity: Share of zeros that pruning leaves behind, per weight; 0.5 if None. Only for methods that prune.
+        pattern: ``2:4`` or ``4:8``: zeros in this pattern along K, in place of a sparsity.
+        allocation: ``uniform``, or ``sensitivity``: layers that suffer less get more of the zeros.
+        calibration: Typical inputs: an ``.npz`` file (see ``feeds.read_calibration``), or a folder of them.
         weights: Type of the packed weights: ``bf16``, ``fp32`` (exact), ``int8`` or ``int4``. The last two quantize
             activations to int8 when the model runs: judge int4 on your own data. By default ``bf16``, but weights
             that are quantized already keep their int8 or int4 codes.
@@ -108,6 +118,9 @@ def convert(
         # Strings, as ConvertOptions takes them too: it checks them, in words.
         method=cast(pipeline.Method, method),
         sparsity=sparsity,
+        pattern=None if pattern is None else Pattern.parse(pattern),
+        allocation=cast(pipeline.Allocation, allocation),
+        calibrated=calibration is not None,
         weights=cast(WeightType | None, weights),
         group_size=group_size,
         scale_type=cast(ScaleType | None, scale_type),
@@ -121,11 +134,14 @@ def convert(
     loaded = load_model(source)
     if not dry_run:
         check_destination(target, inputs=(source, *loaded.data_files), force=force)
+    runs = None if calibration is None else read_calibration(calibration, loaded.model)
     plan = pipeline.run(loaded.model, options, byte_report(progress, "reading weights"), measure=dry_run)
     saved = None
     if plan.changes and not dry_run:
         with staging(target) as folder:
             try:
+                if runs is not None:
+                    pipeline.prune(loaded.model, plan, options, runs, folder, byte_report(progress, "pruning layers"))
                 saved = write.save(
                     loaded.model, folder / target.name, progress=byte_report(progress, "packing weights")
                 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,57 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
         raise SparamxError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # zipfile, zlib and NumPy each have their own complaint about another kind of file
         raise SparamxError(f"{shown}: not a file of arrays that numpy.savez wrote") from error
+
+
+class CalibrationRuns:
+    """The inputs of several runs of a model, from files; each file is read when its turn comes."""
+
+    def __init__(self, paths: Sequence[Path], model: ir.Model) -> None:
+        self._paths = tuple(paths)
+        self._model = model
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        for path in self._paths:
+            yield from _runs_of(path, self._model)
+
+
+def read_calibration(path: str | os.PathLike[str], model: ir.Model) -> CalibrationRuns:
+    """Calibration inputs from a file that ``numpy.savez`` wrote, or from all such files of a folder, by name.
+
+    A file holds one array per input of the model, by name: the inputs of one run, of any batch and length that the
+    model takes. If all of them have one axis more than the model declares, the first axis counts runs.
+
+    Args:
+        path: The file or folder.
+        model: Whose inputs.
+
+    Raises:
+        SparamxError: There is no such file, or none in the folder, or the first does not fit the model. The others are
+            read, and checked, when they are iterated over.
+    """
+    path = Path(path)
+    paths = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not paths:
+        raise SparamxError(f"{path}: holds no .npz file of calibration inputs")
+    if next(_runs_of(paths[0], model), None) is None:
+        raise SparamxError(f"{paths[0]}: holds no run")
+    return CalibrationRuns(paths, model)
+
+
+def _runs_of(path: Path, model: ir.Model) -> Iterator[dict[str, Array]]:
+    arrays, inputs = read_arrays(path), graph_inputs(model)
+    declared = {value.name or "": len(value.shape) for value in inputs if value.shape is not None}
+    several = bool(declared) and all(
+        name in arrays and arrays[name].ndim == rank + 1 for name, rank in declared.items()
+    )
+    if not several:
+        yield check_inputs(arrays, model, os.fspath(path))
+        return
+    counts = {arrays[name].shape[0] for name in declared}
+    if len(counts) != 1:
+        raise SparamxError(f"{path}: its arrays hold different numbers of runs")
+    for index in range(counts.pop()):
+        yield check_inputs({name: arrays[name][index] for name in declared}, model, os.fspath(path))
 
 
 def check_inputs(arrays: Mapping[str, Array], model: ir.Model, source: str) -> dict[str, Array]:

@@ -313,7 +313,7 @@ def test_an_output_that_is_the_input(tmp_path: Path, mlp: Mlp, save: Save, refus
         (["--method", "magnitude", "--sparsity", "1"], "0<=x<1"),
         (["--method", "magnitude", "--sparsity", "-0.1"], "0<=x<1"),
         (["--method", "magnitude", "--sparsity", "nan"], "sparsity"),
-        (["--method", "wanda"], "wanda"),
+        (["--method", "optimal"], "optimal"),
         (["--weights", "int2"], "int2"),
         (["--weights", "int8", "--group-size", "32"], "Only int4 weights take a group size"),
         (["--weights", "int4", "--group-size", "48"], "48"),
@@ -321,7 +321,6 @@ def test_an_output_that_is_the_input(tmp_path: Path, mlp: Mlp, save: Save, refus
         (["--scale-type", "fp16"], "Only int4 weights take a scale type"),
         (["--include", "("], "'('"),
         (["--exclude", "[a"], "'[a'"),
-        (["--calibration", "x.npz"], "--calibration"),
         (["second.onnx"], "second.onnx"),
     ],
 )

@@ -48,6 +48,9 @@ def test_defaults() -> None:
     assert ConvertOptions(method="magnitude", sparsity=0.7, weights="fp32", include="a").to_json() == {
         "method": "magnitude",
         "sparsity": 0.7,
+        "pattern": None,
+        "allocation": None,
+        "calibrated": False,
         "weights": "fp32",
         "group_size": None,
         "scale_type": None,
@@ -71,13 +74,16 @@ def test_defaults_of_int4() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"method": "wanda"}, "no method 'wanda'; there are auto, keep, magnitude"),
+        ({"method": "optimal"}, "no method 'optimal'; there are auto, keep, magnitude, wanda, sparsegpt"),
+        ({"method": "wanda"}, "The method wanda needs calibration inputs"),
+        ({"allocation": "fair"}, "no allocation 'fair'; there are uniform, sensitivity"),
+        ({"method": "magnitude", "pattern": "4:2"}, "'4:2' is no pattern"),
         ({"group_size": 32}, "Only int4 weights take a group size, not bf16 weights"),
         ({"weights": "int8", "group_size": 32}, "Only int4 weights take a group size, not int8 weights"),
         ({"weights": "int8", "scale_type": "fp16"}, "Only int4 weights take a scale type, not int8 weights"),
         ({"weights": "int4", "group_size": 48}, "no group size 48; there are 16, 32, 64, 128, 256"),
         ({"weights": "int4", "group_size": 0}, "no group size 0"),
-        ({"weights": "int4", "scale_type": "bf16"}, "no scale_type 'bf16'"),
+        ({"weights": "int4", "scale_type": "bf16"}, "no scale type 'bf16'"),
         ({"weights": "int4", "scale_type": "none"}, "int4 weights need scales; there are fp16 and fp32"),
         ({"weights": "fp64"}, "no weights 'fp64'"),
         ({"attention": "slow"}, "no attention 'slow'; there are keep, fast"),
@@ -322,6 +328,9 @@ def test_the_record_in_the_model(workbench, make_model, sparse) -> None:
     assert json.loads(record[pipeline.OPTIONS_KEY]) == {
         "method": "magnitude",
         "sparsity": 0.5,
+        "pattern": None,
+        "allocation": None,
+        "calibrated": False,
         "weights": "bf16",
         "group_size": None,
         "scale_type": None,
