@@ -168,7 +168,8 @@ def _fused_node(
 
 
 def _joined_bias(model: ir.Model, graph: ir.Graph, family: Sequence[_Sibling], names: Names) -> ir.Value:
-    vector = np.zeros(sum(sibling.n for sibling in family), np.float32)
+    dtype = family[0].chosen.layer.dtype
+    vector = np.zeros(sum(sibling.n for sibling in family), dtype.numpy())
     parts = []
     column = 0
     for sibling in family:
@@ -180,7 +181,7 @@ def _joined_bias(model: ir.Model, graph: ir.Graph, family: Sequence[_Sibling], n
             parts.append((sibling.bias.name or "").removesuffix(SUFFIX))
         column += sibling.n
     name = names.unused("+".join(parts) + SUFFIX)
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(vector.shape))
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(vector.shape))
     value.const_value = ir.Tensor(vector, name=name)
     register_initializer(model, graph, value)
     return value

@@ -73,6 +73,12 @@ class LinearLayer:
         return self.weight.shape[1]
 
     @property
+    def dtype(self) -> ir.DataType:
+        """The type of activations, bias and result: float32 or float16."""
+        is_half = self.weight.dtype == ir.DataType.FLOAT16 and self.before is None
+        return ir.DataType.FLOAT16 if is_half else ir.DataType.FLOAT
+
+    @property
     def last(self) -> ir.Node:
         """The node that computes the result."""
         return self.nodes[-1]
@@ -122,8 +128,9 @@ class LinearLayerFinder:
 
     1. W is a constant of two dimensions and not empty; Identity, Transpose, Cast and DequantizeLinear of it are folded.
        A W that is also a graph input, or is computed from constants in another way, is refused.
-    2. X is not a constant, and X and W are float32 where they are multiplied. float16 and bfloat16 weights behind a
-       Cast to float32 are taken; float16 activations are refused.
+    2. X is not a constant, and X and W are both float32, or both float16, where they are multiplied. float16 and
+       bfloat16 weights behind a Cast to float32 are taken; other operators than MatMul, Gemm, Einsum, FusedMatMul and
+       FusedGemm are taken in float32 alone.
     3. Factors of the product become factors of the weight. A transposed X is refused, and so is a bias of the
        operator's own that is not a constant of one element or of N elements.
     4. A product without a bias takes an Add of a constant vector of N elements, or of one element, as its bias: where
@@ -251,6 +258,8 @@ class LinearLayerFinder:
             return NotConstant(Reason.WEIGHT_NOT_2D, f"Its shape is {list(weight.shape)}.")
         if math.prod(weight.shape) == 0:
             return NotConstant(Reason.EMPTY_WEIGHT, f"Its shape is {list(weight.shape)}.")
+        if _takes_halves(product) and product.x.dtype in (None, ir.DataType.FLOAT16):
+            return None
         return _type_refusal(product.x if product.before is None else None, weight)
 
     def _absorb(self, product: Product) -> LinearLayer:
@@ -261,7 +270,8 @@ class LinearLayerFinder:
                 other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
                 x_rank = None if product.x.shape is None else len(product.x.shape)
                 rank = x_rank if product.rank is None else product.rank
-                constant = constant_vector(other, product.weight.shape[1], self._folder, rank)
+                dtype = product.weight.dtype if _takes_halves(product) else ir.DataType.FLOAT
+                constant = constant_vector(other, product.weight.shape[1], self._folder, rank, dtype)
                 if constant is not None:
                     bias = Bias(constant)
                     nodes.append(add)
@@ -294,6 +304,12 @@ def _is_product(node: ir.Node) -> bool:
 def holds_products(function: ir.Function) -> bool:
     """Whether a function multiplies matrices."""
     return any(_is_product(node) for node in ir.traversal.RecursiveGraphIterator(function))
+
+
+def _takes_halves(product: Product) -> bool:
+    """Whether a product is one of float16 numbers, with nothing around it."""
+    is_float = (product.nodes[0].domain, product.nodes[0].op_type) in FLOAT_READERS
+    return is_float and product.weight.dtype == ir.DataType.FLOAT16 and product.before is product.after is None
 
 
 def _type_refusal(x: ir.Value | None, weight: FoldedConstant) -> NotConstant | None:

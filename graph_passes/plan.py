@@ -72,7 +72,8 @@ _TEXTS: Mapping[Reason, str] = {
     Reason.STATIC_ACTIVATIONS: "The activations are quantized with a scale that was chosen beforehand, which int8 and "
     "int4 weights, whose activations are quantized anew, would not keep; --weights fp32 or bf16 does.",
     Reason.UNSUPPORTED_OPERATOR: "This version does not convert this operator.",
-    Reason.UNSUPPORTED_DTYPE: "The activations are not float32; export the model in float32.",
+    Reason.UNSUPPORTED_DTYPE: "The activations are of a type that the sparse operator does not take; "
+    "export the model in float32 or float16.",
     Reason.UNSUPPORTED_ATTRIBUTES: "The node has attributes that the sparse operator cannot express.",
     Reason.UNSUPPORTED_BIAS: "The third input is not a constant vector with one element per output.",
     Reason.IN_SUBGRAPH: "The node is in the body of an If, Loop or Scan, which in IR versions below 4 cannot hold a "

@@ -98,7 +98,13 @@ def read_operands(node: ir.Node, folder: ConstantFolder) -> tuple[ir.Value, Fold
     return x, weight
 
 
-def constant_vector(value: ir.Value | None, n: int, folder: ConstantFolder, rank: int | None) -> FoldedConstant | None:
+def constant_vector(
+    value: ir.Value | None,
+    n: int,
+    folder: ConstantFolder,
+    rank: int | None,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> FoldedConstant | None:
     """The constant, if it adds one number per output and no dimensions to a result of so many dimensions.
 
     Args:
@@ -106,9 +112,10 @@ def constant_vector(value: ir.Value | None, n: int, folder: ConstantFolder, rank
         n: The number of outputs.
         folder: Folds constants.
         rank: Rank of the result; None if it is not known, but at least 1.
+        dtype: Type of the result.
     """
     constant = NotConstant(Reason.TWO_ACTIVATIONS) if value is None else folder.fold(value)
-    if isinstance(constant, NotConstant) or constant.dtype != ir.DataType.FLOAT:
+    if isinstance(constant, NotConstant) or constant.dtype != dtype:
         return None
     if len(constant.shape) > (1 if rank is None else rank):
         return None
@@ -156,7 +163,7 @@ def _read_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
     c = node.inputs[2] if len(node.inputs) > 2 else None
     beta = float_attribute(node, "beta", 1.0)
     if c is not None and beta != 0.0:
-        constant = constant_vector(c, weight.shape[1], folder, rank=2)
+        constant = constant_vector(c, weight.shape[1], folder, 2, weight.dtype)
         if constant is None:
             return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight)
         bias = Bias(constant, beta)

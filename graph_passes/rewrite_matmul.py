@@ -72,8 +72,7 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
        multiply by the same weight in the same way share it. In the body of an If, Loop or Scan it is an initializer of
        that body, even if the dense weight was outside: ONNX Runtime up to 1.28 does not treat an outer one as constant.
        Bodies that use the same weight have one initializer each, with the same bytes in the file.
-    3. A bias that is a float32 vector with one element per output is used as it is; any other becomes a new
-       initializer.
+    3. A bias that is a vector with one element per output is used as it is; any other becomes a new initializer.
     4. What has to be computed before or after the product (the dequantization of activations, the attention behind a
        packed projection) becomes nodes around it.
     5. The dense weight, and the nodes between it and its use, are removed when nobody else uses them.
@@ -164,7 +163,7 @@ def _bias_value(model: ir.Model, layer: LinearLayer, bias: Bias, names: Names) -
     if not constant.steps and constant.shape == (layer.n,) and bias.scale == 1.0:
         return constant.root
     name = names.unused(f"{constant.name}{SUFFIX}")
-    tensor = ir.Tensor(bias.numpy(layer.n), name=name)
+    tensor = ir.Tensor(bias.numpy(layer.n).astype(layer.dtype.numpy()), name=name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph = layer.node.graph
     assert isinstance(graph, ir.Graph)
@@ -198,7 +197,7 @@ def _replace(
         metadata_props=dict(layer.node.metadata_props),
     )
     product = node.outputs[0]
-    product.type = ir.TensorType(ir.DataType.FLOAT)
+    product.type = ir.TensorType(layer.dtype)
     after = _around(layer.after, product, layer, names)
     if after:
         product.name = names.unused(f"{layer.node.name}{SUFFIX}")

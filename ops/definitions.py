@@ -77,14 +77,14 @@ SPARSE_AMX_MATMUL: Final = OpDefinition(
     doc="Y = epilogue(X W + B), with W packed as docs/format.md describes. With splits, Y is cut along its last "
     "dimension into several outputs.",
     inputs=(
-        Port("X", "float32", "[..., K]", "The activations."),
+        Port("X", "float32 or float16", "[..., K]", "The activations."),
         Port("W", "uint8", "[bytes]", "The packed weight matrix.", constant=True),
-        Port("B", "float32", "[N]", "The bias, one per output.", optional=True),
+        Port("B", "as X", "[N]", "The bias, one per output.", optional=True),
     ),
     outputs=(
         Port(
             "Y",
-            "float32",
+            "as X",
             "[..., N]",
             "The leading dimensions are those of X. With splits, one output for each of them, which is its last "
             "dimension.",

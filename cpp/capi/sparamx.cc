@@ -143,7 +143,8 @@ int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_
     const std::unique_ptr<uint8_t[]> scratch(new uint8_t[matmul.ScratchBytes(m) + 64]);
     void* aligned = reinterpret_cast<void*>(sparamx::RoundUp(reinterpret_cast<uintptr_t>(scratch.get()), 64));
     Threads pool = {threads};
-    matmul.Run(x, m, bias, &y, aligned, {Threads::Run, &pool});
+    void* const outputs[] = {y};
+    matmul.Run(x, m, bias, outputs, aligned, {Threads::Run, &pool});
     if (path != nullptr && path_size != 0) {
       const size_t length = std::min(std::strlen(matmul.path(m)), path_size - 1);
       std::memcpy(path, matmul.path(m), length);

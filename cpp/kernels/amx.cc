@@ -12,6 +12,7 @@
 //
 // GCC 12's tile intrinsics do not tell the compiler that they touch memory, hence the barriers.
 #include "kernels/expand_vbmi2.h"
+#include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
@@ -530,6 +531,8 @@ const Level kAmxLevel = {
          {"amx", 16, RowBytesQuantized, PackRowsQuantized, MultiplyGroups}},
     },
     FinishRows,
+    HalvesToFloats,
+    FloatsToHalves,
     nullptr,
 };
 

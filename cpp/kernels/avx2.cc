@@ -12,6 +12,7 @@
 // weights, 1 broadcast.
 #include <immintrin.h>
 
+#include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
@@ -332,6 +333,8 @@ const Level kAvx2Level = {
         {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Int4, true>}},
     },
     FinishRows,
+    HalvesToFloats,
+    FloatsToHalves,
     &kAvx2Attention,
 };
 

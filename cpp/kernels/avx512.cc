@@ -16,6 +16,7 @@
 // M > 4: 6 x 2 sums of 32 bits and as many of 16, 2 weight rows.
 #include "kernels/avx512_integer.h"
 #include "kernels/expand_bytes.h"
+#include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
@@ -198,6 +199,8 @@ const Level kAvx512Level = {
         {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int4, true>}},
     },
     FinishRows,
+    HalvesToFloats,
+    FloatsToHalves,
     &kAvx512Attention,
 };
 

@@ -5,6 +5,7 @@
 // memory (Zen 5: 0.75 cycles; Granite Rapids: 2.1, half the rate of two FMAs).
 // Registers at M <= 8: one sum per row of X (4 at M = 1, 2 at M = 2 and 3). Above: 12 x 2 sums and 2 weight rows.
 #include "kernels/expand_vbmi2.h"
+#include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/strip_loop.h"
 
@@ -40,6 +41,8 @@ const Level kAvx512Bf16Level = {
         {},
     },
     FinishRows,
+    HalvesToFloats,
+    FloatsToHalves,
     nullptr,
 };
 

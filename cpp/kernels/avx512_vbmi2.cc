@@ -6,6 +6,7 @@
 #include "kernels/avx512_integer.h"
 #include "kernels/avx512_vec.h"
 #include "kernels/expand_vbmi2.h"
+#include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
@@ -67,6 +68,8 @@ const Level kAvx512Vbmi2Level = {
         {{}, {}, {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, true>}},
     },
     FinishRows,
+    HalvesToFloats,
+    FloatsToHalves,
     nullptr,
 };
 

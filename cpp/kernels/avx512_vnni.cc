@@ -5,6 +5,7 @@
 // Registers at M <= 4: one sum per row (2 at M = 1 and 2). Above: 6 x 2 sums, 2 weight rows, broadcasts from memory.
 #include "kernels/avx512_integer.h"
 #include "kernels/expand_bytes.h"
+#include "kernels/half.h"
 
 namespace sparamx {
 namespace {
@@ -31,6 +32,8 @@ const Level kAvx512VnniLevel = {
         {{}, {}, {"avx512_vnni", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<VnniQuantized, true>}},
     },
     FinishRows,
+    HalvesToFloats,
+    FloatsToHalves,
     nullptr,
 };
 

@@ -50,6 +50,10 @@ struct Level {
   Kernel kernels[kWeightTypes][kActivationTypes];
   // y[rows, columns] = epilogue(y + bias), in place.
   void (*finish)(float* y, size_t y_stride, size_t rows, size_t columns, const float* bias, Epilogue epilogue);
+  // fp16 in and out, see half.h.
+  void (*halves_to_floats)(const uint16_t* in, size_t count, float* out);
+  void (*floats_to_halves)(const float* in, size_t in_stride, size_t rows, size_t columns, uint16_t* out,
+                           size_t out_stride);
   const AttentionKernel* attention;  // null: that of a lower level
 };
 

@@ -1,5 +1,6 @@
 // Scalar: the specification that every other level is held against, and what runs on a CPU without AVX2.
 // Register plan: none; the compiler uses the baseline's SSE2 for the 16 sums of a strip (4 registers each).
+#include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
 #include "kernels/strip_loop.h"
@@ -110,23 +111,11 @@ void ExpandNumbers(bool sparse, Cursor* cursor, int8_t* out) {
   if (sparse) cursor->masks += 128;
 }
 
-float HalfToFloat(uint32_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  const float value = magnitude < 0x400u ? static_cast<float>(magnitude) * 0x1p-24f : 0.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  if (magnitude >= 0x400u) bits = (magnitude << 13) + (magnitude >= 0x7c00u ? 224u << 23 : 112u << 23);
-  bits |= (half & 0x8000u) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
 float ScaleAt(const PackedView& w, const uint8_t* scales, size_t column) {
   if (w.scale_type == ScaleType::kFp32) return LoadFloat(scales + 4 * column);
   uint16_t half;
   __builtin_memcpy(&half, scales + 2 * column, sizeof half);
-  return HalfToFloat(half);
+  return FloatOfHalf(half);
 }
 
 // sums[16] += scaled integer sums of one segment: numbers [segment K / 4][16][4] with codes [segment K].
@@ -193,6 +182,8 @@ const Level kScalarLevel = {
         {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<true>}},
     },
     FinishRows,
+    HalvesToFloats,
+    FloatsToHalves,
     &kScalarAttention,
 };
 

@@ -103,7 +103,9 @@ InferredShape InferredInputShape(OrtShapeInferContext* context, size_t input) {
   Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, input, &info));
   size_t rank = 0;
   Ort::ThrowOnError(api.GetDimensionsCount(info, &rank));
-  InferredShape shape = {std::vector<int64_t>(rank), std::vector<std::string>(rank)};
+  InferredShape shape = {std::vector<int64_t>(rank), std::vector<std::string>(rank),
+                         ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED};
+  Ort::ThrowOnError(api.GetTensorElementType(info, &shape.type));
   if (rank == 0) return shape;
   std::vector<const char*> names(rank);
   Ort::ThrowOnError(api.GetDimensions(info, shape.lengths.data(), rank));

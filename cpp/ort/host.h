@@ -63,6 +63,7 @@ Tensor Read(const OrtApi& api, const OrtValue* value);
 struct InferredShape {
   std::vector<int64_t> lengths;  // none: the rank is not known
   std::vector<std::string> names;
+  ONNXTensorElementDataType type;
 
   void SetLength(size_t dimension, int64_t length);
 };

@@ -28,11 +28,12 @@ OrtStatus* TooOld(const OrtApiBase* base) {
 // The domain of a session's options must live as long as the session, which nobody tells us the end of: one for the
 // process.
 Ort::CustomOpDomain& Domain() {
-  static const sparamx::SparseAMXMatMul matmul;
+  static const sparamx::SparseAMXMatMul matmul(sparamx::Element::kFp32), half_matmul(sparamx::Element::kFp16);
   static const sparamx::SparseAMXAttention attention;
   static Ort::CustomOpDomain* domain = [] {
     auto* made = new Ort::CustomOpDomain("com.sparamx");
     made->Add(&matmul);
+    made->Add(&half_matmul);
     made->Add(&attention);
     return made;
   }();

@@ -32,10 +32,11 @@ void SparseAMXMatMulKernel::Fail(const Status& status) const {
   throw Ort::Exception("SparseAMXMatMul node '" + name_ + "': " + status.message, code);
 }
 
-SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelInfo* raw_info)
+SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelInfo* raw_info, Element element)
     : api_(api), cpu_memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
   const Ort::ConstKernelInfo info(raw_info);
   name_ = info.GetNodeName();
+  options_.element = element;
   ReadAttributes(info);
   has_bias_ = info.GetInputCount() > SparseAMXMatMul::kB && !info.GetInputName(SparseAMXMatMul::kB).empty();
   const auto constant = [&](size_t input) {
@@ -95,12 +96,12 @@ void SparseAMXMatMulKernel::Load(const OrtValue* weights, MatMul* matmul) const 
 }
 
 // The address of a bias that has the right shape.
-const float* SparseAMXMatMulKernel::Bias(const OrtValue* value) const {
+const void* SparseAMXMatMulKernel::Bias(const OrtValue* value) const {
   const Tensor bias = Read(api_, value);
   if (bias.shape.size() != 1 || bias.shape[0] != n_)
     Fail(Status::Invalid("B has the shape " + ShapeText(bias.shape) + ", but it must be [N] = [" + std::to_string(n_) +
                          "]"));
-  return static_cast<const float*>(bias.data);
+  return bias.data;
 }
 
 OrtStatusPtr SparseAMXMatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
@@ -115,7 +116,7 @@ OrtStatusPtr SparseAMXMatMulKernel::ComputeV2(OrtKernelContext* context) noexcep
 }
 
 void SparseAMXMatMulKernel::Compute(OrtKernelContext* context) const {
-  const float* bias = constant_bias_;
+  const void* bias = constant_bias_;
   if (has_bias_ && bias == nullptr) {
     const OrtValue* value = nullptr;
     Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kB, &value));
@@ -130,7 +131,7 @@ void SparseAMXMatMulKernel::Compute(OrtKernelContext* context) const {
   Multiply(context, matmul, bias);
 }
 
-void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& matmul, const float* bias) const {
+void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& matmul, const void* bias) const {
   const OrtValue* x_value = nullptr;
   Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kX, &x_value));
   const Tensor x = Read(api_, x_value);
@@ -140,27 +141,25 @@ void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& ma
   size_t rows = 1;
   for (size_t i = 0; i + 1 < x.shape.size(); ++i) rows *= static_cast<size_t>(x.shape[i]);
 
-  float* few[kFewOutputs];
-  std::vector<float*> many(outputs_ > kFewOutputs ? outputs_ : 0);
-  float** y = many.empty() ? few : many.data();
+  void* few[kFewOutputs];
+  std::vector<void*> many(outputs_ > kFewOutputs ? outputs_ : 0);
+  void** y = many.empty() ? few : many.data();
   Shape shape = x.shape;
   for (size_t i = 0; i < outputs_; ++i) {
     shape.back() = static_cast<int64_t>(matmul.columns(i));
     OrtValue* value = nullptr;
-    void* data = nullptr;
     Ort::ThrowOnError(api_.KernelContext_GetOutput(context, i, shape.begin(), shape.size(), &value));
-    Ort::ThrowOnError(api_.GetTensorMutableData(value, &data));
-    y[i] = static_cast<float*>(data);
+    Ort::ThrowOnError(api_.GetTensorMutableData(value, &y[i]));
   }
   Host host = {&api_, context};
   Scratch scratch(api_, context, cpu_memory_, matmul.ScratchBytes(rows));
-  matmul.Run(static_cast<const float*>(x.data), rows, bias, y, scratch.get(), {Host::ParallelRun, &host});
+  matmul.Run(x.data, rows, bias, y, scratch.get(), {Host::ParallelRun, &host});
 }
 
 OrtStatusPtr SparseAMXMatMul::CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info,
                                              void** kernel) const noexcept {
   try {
-    *kernel = new SparseAMXMatMulKernel(api, info);
+    *kernel = new SparseAMXMatMulKernel(api, info, element_);
     return nullptr;
   } catch (const Ort::Exception& e) {
     return api.CreateStatus(e.GetOrtErrorCode(), e.what());
@@ -179,7 +178,7 @@ OrtStatusPtr SparseAMXMatMul::InferOutputShapes(const OrtCustomOp*, OrtShapeInfe
     if (columns.empty()) columns = InferredInts(context, "N");
     for (size_t i = 0; i < columns.size(); ++i) {
       shape.SetLength(shape.lengths.size() - 1, columns[i]);
-      InferOutput(context, i, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+      InferOutput(context, i, shape, shape.type);
     }
     return nullptr;
   } catch (const std::exception& e) {

@@ -14,16 +14,16 @@ namespace sparamx {
 class SparseAMXMatMulKernel {
  public:
   // Throws Ort::Exception with a sentence that names the node.
-  SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelInfo* info);
+  SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelInfo* info, Element element);
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
  private:
   void ReadAttributes(const Ort::ConstKernelInfo& info);
   void Load(const OrtValue* weights, MatMul* matmul) const;
-  const float* Bias(const OrtValue* value) const;
+  const void* Bias(const OrtValue* value) const;
   void Compute(OrtKernelContext* context) const;
-  void Multiply(OrtKernelContext* context, const MatMul& matmul, const float* bias) const;
+  void Multiply(OrtKernelContext* context, const MatMul& matmul, const void* bias) const;
   [[noreturn]] void Fail(const Status& status) const;
 
   const OrtApi& api_;
@@ -34,15 +34,16 @@ class SparseAMXMatMulKernel {
   bool has_bias_;
   MatMul matmul_;  // of constant weights
   bool constant_weights_;
-  const float* constant_bias_;  // null where there is none, or where it can change
+  const void* constant_bias_;  // null where there is none, or where it can change
   Ort::MemoryInfo cpu_memory_;
 };
 
 struct SparseAMXMatMul : Ort::CustomOpBase<SparseAMXMatMul, SparseAMXMatMulKernel, true> {
   static constexpr size_t kX = 0, kW = 1, kB = 2, kInputs = 3;
 
-  // The interface's version, not that of the headers at hand: an older runtime refuses a newer one.
-  SparseAMXMatMul() {
+  // X, B and Y are of one type: an operator is registered for each. The interface's version is not that of the headers
+  // at hand: an older runtime refuses a newer one.
+  explicit SparseAMXMatMul(Element element) : element_(element) {
     OrtCustomOp::version = kApiVersion;
     OrtCustomOp::InferOutputShapeFn = InferOutputShapes;
   }
@@ -52,7 +53,7 @@ struct SparseAMXMatMul : Ort::CustomOpBase<SparseAMXMatMul, SparseAMXMatMulKerne
   const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
   size_t GetInputTypeCount() const { return kInputs; }
   ONNXTensorElementDataType GetInputType(size_t i) const {
-    return i == kW ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return i == kW ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : GetOutputType(0);
   }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
     return i == kB ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
@@ -60,8 +61,13 @@ struct SparseAMXMatMul : Ort::CustomOpBase<SparseAMXMatMul, SparseAMXMatMulKerne
   // One output, or one for every number of `splits`.
   size_t GetOutputTypeCount() const { return 1; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  ONNXTensorElementDataType GetOutputType(size_t) const {
+    return element_ == Element::kFp16 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
   static OrtStatusPtr InferOutputShapes(const OrtCustomOp* op, OrtShapeInferContext* context) noexcept;
+
+ private:
+  Element element_;
 };
 
 }  // namespace sparamx

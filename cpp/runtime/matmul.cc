@@ -54,6 +54,14 @@ struct MatMul::PackedX {
   bool in_place;
   size_t row_bytes;
   size_t bytes;  // of scratch
+  size_t item_rows;
+  size_t items(size_t rows) const { return CeilDiv(rows, item_rows); }
+};
+
+// Where things lie in scratch, in bytes: the packed rows of X first, then, where there are several K parts, their sums,
+// and for fp16 in fp32: the bias, Y, and a row of X for every item that packs.
+struct MatMul::Scratch {
+  size_t parts, bias, y, x_rows, bytes;
 };
 
 Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& options) {
@@ -64,6 +72,7 @@ Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& opti
   activations_ = options.default_activations ? DefaultActivations(weights_.type) : options.activations;
   if (!GoesWith(weights_.type, activations_))
     return Status::Invalid("its weight type does not go with these activations");
+  element_ = options.element;
   kernel_ = options.kernel;
   return SetOutputs(options);
 }
@@ -121,9 +130,11 @@ const Kernel& MatMul::KernelFor(size_t rows) const {
 MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
   const Kernel& kernel = KernelFor(rows);
   const bool whole_tiles = weights_.k % TileK(weights_.type) == 0;
-  if (activations_ == Activations::kFp32 && whole_tiles) return {true, weights_.k * sizeof(float), 0};
+  const size_t item_rows = std::max<size_t>(1, CeilDiv(kSerialPackElements, std::max<size_t>(1, weights_.k)));
+  if (activations_ == Activations::kFp32 && whole_tiles && element_ == Element::kFp32)
+    return {true, weights_.k * sizeof(float), 0, item_rows};
   const size_t row_bytes = UnaliasedStride(RoundUp(kernel.x_row_bytes(weights_), 64));
-  return {false, row_bytes, RoundUp(rows, kernel.x_row_multiple) * row_bytes};
+  return {false, row_bytes, RoundUp(rows, kernel.x_row_multiple) * row_bytes, item_rows};
 }
 
 // What changes the order of summation (K parts, passes) depends on the shape alone, not on threads or values.
@@ -149,10 +160,24 @@ MatMul::Split MatMul::SplitFor(size_t rows) const {
   return split;
 }
 
+MatMul::Scratch MatMul::ScratchFor(size_t rows) const {
+  const PackedX packed = PackedXFor(rows);
+  const size_t k_parts = SplitFor(rows).k_parts, y_bytes = rows * weights_.n * sizeof(float);
+  Scratch s = {};
+  s.parts = packed.bytes;
+  s.bias = RoundUp(s.parts + (k_parts == 1 ? 0 : k_parts * y_bytes), 64);
+  if (element_ == Element::kFp32) {
+    s.bytes = s.bias;
+    return s;
+  }
+  s.y = RoundUp(s.bias + weights_.n * sizeof(float), 64);
+  s.x_rows = RoundUp(s.y + y_bytes, 64);
+  s.bytes = s.x_rows + packed.items(rows) * weights_.k * sizeof(float);
+  return s;
+}
+
 size_t MatMul::ScratchBytes(size_t rows) const {
-  if (rows == 0) return 0;
-  const size_t parts = SplitFor(rows).k_parts;
-  return PackedXFor(rows).bytes + (parts == 1 ? 0 : parts * rows * weights_.n * sizeof(float));
+  return rows == 0 ? 0 : ScratchFor(rows).bytes;
 }
 
 namespace {
@@ -182,22 +207,45 @@ size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
 }
 
 struct Call {
+  const Level* level;
   const Kernel* kernel;
   const PackedView* weights;  // of all outputs
   const std::vector<MatMulOutput>* outputs;
   MatMulJob job;  // what all items have in common
   size_t total_rows, passes, pass_rows, strip_items, k_parts;
-  const float* x;
+  const void* x;
   size_t pack_rows;
-  float* const* y;
-  float* partial;  // the bare sums of one K part after the other, each [total_rows, N]; null where there is one part
+  void* const* y;
+  float* partial;   // the bare sums of one K part after the other, each [total_rows, N]; null where there is one part
+  float* y_floats;  // of fp16: one output [total_rows, its columns] after the other; null for fp32
+  float* x_floats;  // of fp16: a row for every item that packs
+
+  // Where an output is computed.
+  float* Floats(size_t output) const {
+    if (y_floats == nullptr) return static_cast<float*>(y[output]);
+    return y_floats + total_rows * (*outputs)[output].first_column();
+  }
+  // Writes finished results, where Floats is not the output itself.
+  void Deliver(size_t output, size_t first_row, size_t rows, size_t column, size_t end_column) const {
+    if (y_floats == nullptr) return;
+    const size_t n = (*outputs)[output].weights.n, first = first_row * n + column;
+    level->floats_to_halves(Floats(output) + first, n, rows, std::min(end_column, n) - column,
+                            static_cast<uint16_t*>(y[output]) + first, n);
+  }
 };
 
 void PackItem(void* user, size_t item) {
   const Call& c = *static_cast<const Call*>(user);
+  const size_t k = c.weights->k;
   const size_t first = item * c.pack_rows, rows = std::min(c.pack_rows, c.total_rows - first);
   uint8_t* out = static_cast<uint8_t*>(const_cast<void*>(c.job.x)) + first * c.job.x_row_bytes;
-  c.kernel->pack_rows(*c.weights, c.x + first * c.weights->k, rows, out, c.job.x_row_bytes);
+  if (c.y_floats == nullptr)
+    return c.kernel->pack_rows(*c.weights, static_cast<const float*>(c.x) + first * k, rows, out, c.job.x_row_bytes);
+  float* row = c.x_floats + item * k;
+  for (size_t m = 0; m < rows; ++m) {
+    c.level->halves_to_floats(static_cast<const uint16_t*>(c.x) + (first + m) * k, k, row);
+    c.kernel->pack_rows(*c.weights, row, 1, out + m * c.job.x_row_bytes, c.job.x_row_bytes);
+  }
 }
 
 void MultiplyItem(void* user, size_t item) {
@@ -221,47 +269,45 @@ void MultiplyItem(void* user, size_t item) {
     job.first_strip = std::max(first_strip, output.first_strip) - output.first_strip;
     job.last_strip = std::min(last_strip, end) - output.first_strip;
     job.y_stride = c.partial != nullptr ? w.n : output.weights.n;
-    job.y = (c.partial != nullptr ? c.partial + part * c.total_rows * w.n + output.first_column() : c.y[i]) +
+    job.y = (c.partial != nullptr ? c.partial + part * c.total_rows * w.n + output.first_column() : c.Floats(i)) +
             first_row * job.y_stride;
     job.bias = c.job.bias == nullptr ? nullptr : c.job.bias + output.first_column();
     job.epilogue = output.epilogue;
     c.kernel->multiply(job);
+    if (c.partial == nullptr)
+      c.Deliver(i, first_row, job.rows, job.first_strip * kStripColumns, job.last_strip * kStripColumns);
   }
 }
 
-// y[rows, N] = the sum of all K parts, in ascending order, for one output.
-void AddParts(const Call& c, const MatMulOutput& output, float* y) {
+// An output from the sums of all K parts, in ascending order; without K, all sums are zero.
+void FinishOutput(const Call& c, size_t i) {
+  const MatMulOutput& output = (*c.outputs)[i];
   const size_t n = c.weights->n, columns = output.weights.n;
+  float* y = c.Floats(i);
   for (size_t m = 0; m < c.total_rows; ++m) {
-    const float* parts = c.partial + m * n + output.first_column();
-    for (size_t i = 0; i < columns; ++i) {
-      float sum = parts[i];
-      for (size_t p = 1; p < c.k_parts; ++p) sum += parts[p * c.total_rows * n + i];
-      y[m * columns + i] = sum;
+    for (size_t column = 0; column < columns; ++column) {
+      const size_t at = m * n + output.first_column() + column;
+      float sum = c.k_parts == 0 ? 0 : c.partial[at];
+      for (size_t p = 1; p < c.k_parts; ++p) sum += c.partial[p * c.total_rows * n + at];
+      y[m * columns + column] = sum;
     }
   }
+  const float* bias = c.job.bias == nullptr ? nullptr : c.job.bias + output.first_column();
+  c.level->finish(y, columns, c.total_rows, columns, bias, output.epilogue);
+  c.Deliver(i, 0, c.total_rows, 0, columns);
 }
 
 }  // namespace
 
-void MatMul::Run(const float* x, size_t rows, const float* bias, float* const* y, void* scratch,
+void MatMul::Run(const void* x, size_t rows, const void* bias, void* const* y, void* scratch,
                  const ParallelFor& parallel) const noexcept {
   if (rows == 0 || weights_.n == 0) return;
-  const auto finish = [&](size_t i) {
-    const size_t columns = outputs_[i].weights.n;
-    const float* b = bias == nullptr ? nullptr : bias + outputs_[i].first_column();
-    level_->finish(y[i], columns, rows, columns, b, outputs_[i].epilogue);
-  };
-  if (weights_.k == 0) {
-    for (size_t i = 0; i < outputs(); ++i) {
-      std::memset(y[i], 0, rows * columns(i) * sizeof(float));
-      finish(i);
-    }
-    return;
-  }
   const Split split = SplitFor(rows);
   const PackedX packed = PackedXFor(rows);
+  const Scratch places = ScratchFor(rows);
+  const auto floats = [&](size_t at) { return reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + at); };
   Call c = {};
+  c.level = level_;
   c.kernel = &KernelFor(rows);
   c.weights = &weights_;
   c.outputs = &outputs_;
@@ -269,31 +315,36 @@ void MatMul::Run(const float* x, size_t rows, const float* bias, float* const* y
   c.passes = split.passes;
   c.pass_rows = split.pass_rows;
   c.strip_items = split.strip_items;
-  c.k_parts = split.k_parts;
+  c.k_parts = weights_.k == 0 ? 0 : split.k_parts;
   c.x = x;
+  c.pack_rows = packed.item_rows;
   c.y = y;
-  c.job.x = packed.in_place ? static_cast<const void*>(x) : scratch;
+  c.job.x = packed.in_place ? x : scratch;
   c.job.x_row_bytes = packed.row_bytes;
-  c.job.finish = split.k_parts == 1;
-  c.job.bias = bias;
+  c.job.finish = c.k_parts == 1;
+  c.job.bias = static_cast<const float*>(bias);
+  if (c.k_parts > 1) c.partial = floats(places.parts);
+  if (element_ == Element::kFp16) {
+    c.y_floats = floats(places.y);
+    c.x_floats = floats(places.x_rows);
+    if (bias != nullptr) {
+      level_->halves_to_floats(static_cast<const uint16_t*>(bias), weights_.n, floats(places.bias));
+      c.job.bias = floats(places.bias);
+    }
+  }
 
-  auto run = [&](size_t count, void (*body)(void*, size_t)) {
+  const auto run = [&](size_t count, void (*body)(void*, size_t)) {
     if (count == 1) return body(&c, 0);
     parallel.run(parallel.host, count, body, &c);
   };
-  if (!packed.in_place) {
-    c.pack_rows = std::min(rows, std::max<size_t>(1, CeilDiv(kSerialPackElements, weights_.k)));
-    run(CeilDiv(rows, c.pack_rows), PackItem);
+  if (c.k_parts > 0 && !packed.in_place) {
+    run(packed.items(rows), PackItem);
     const size_t used = rows * packed.row_bytes;
     std::memset(static_cast<uint8_t*>(scratch) + used, 0, packed.bytes - used);
   }
-  if (split.k_parts > 1) c.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + packed.bytes);
-  run(split.items(), MultiplyItem);
-  if (split.k_parts == 1) return;
-  for (size_t i = 0; i < outputs(); ++i) {
-    AddParts(c, outputs_[i], y[i]);
-    finish(i);
-  }
+  if (c.k_parts > 0) run(split.items(), MultiplyItem);
+  if (c.k_parts == 1) return;
+  for (size_t i = 0; i < outputs(); ++i) FinishOutput(c, i);
 }
 
 }  // namespace sparamx

@@ -26,9 +26,13 @@ struct MatMulOutput {
   size_t first_column() const { return first_strip * kStripColumns; }
 };
 
+// The numbers of X, bias and Y.
+enum class Element : uint8_t { kFp32 = 0, kFp16 = 1 };
+
 class MatMul {
  public:
   struct Options {
+    Element element = Element::kFp32;
     // Columns of every output, N together; all but the last a multiple of 16. Empty: one output of N columns.
     std::vector<uint64_t> splits;
     std::vector<Epilogue> epilogues;  // one for every output, or one for all; empty: none
@@ -44,9 +48,9 @@ class MatMul {
   // Bytes that Run needs for M rows; align them to 64.
   size_t ScratchBytes(size_t rows) const;
 
-  // X[rows, K] and every output y[i][rows, columns(i)] are row-major; bias is null or N floats. The result does not
+  // X[rows, K] and every output y[i][rows, columns(i)] are row-major; bias is null or N numbers. The result does not
   // depend on the number of threads.
-  void Run(const float* x, size_t rows, const float* bias, float* const* y, void* scratch,
+  void Run(const void* x, size_t rows, const void* bias, void* const* y, void* scratch,
            const ParallelFor& parallel) const noexcept;
 
   const PackedView& weights() const { return weights_; }
@@ -58,16 +62,19 @@ class MatMul {
  private:
   struct Split;
   struct PackedX;
+  struct Scratch;
   Status SetOutputs(const Options& options);
   const Kernel& KernelFor(size_t rows) const;
   Split SplitFor(size_t rows) const;
   PackedX PackedXFor(size_t rows) const;
+  Scratch ScratchFor(size_t rows) const;
 
   PackedView weights_ = {};
   const Level* level_ = nullptr;
   bool forced_level_ = false;
   const Kernel* kernel_ = nullptr;
   Activations activations_ = Activations::kFp32;
+  Element element_ = Element::kFp32;
   std::vector<MatMulOutput> outputs_;
 };
 

@@ -94,7 +94,7 @@ Work WorkOf(const std::vector<uint8_t>& blob, size_t rows, bool count_expanded =
   WeightTiles tiles;
   weight_tiles = &tiles;
   amx_emulator_observe(count_expanded ? OnLoad : nullptr);
-  float* outputs[] = {y.data()};
+  void* outputs[] = {y.data()};
   amx_emulator_reset_counts();
   matmul.Run(x.data(), rows, nullptr, outputs, scratch.get(), {RunHere, nullptr});
   amx_emulator_counts counts;

@@ -179,9 +179,10 @@ struct Threads {
   }
 };
 
-// The outputs of a product, one block of memory each.
-std::vector<std::vector<float>> MultiplyOutputs(const Case& c, const Problem& p, const MatMul::Options& options,
-                                                unsigned threads, std::string* path) {
+// The outputs of a product, one block of memory each. X, bias and outputs are of type Number.
+template <typename Number>
+std::vector<std::vector<Number>> RunOutputs(const Case& c, const Problem& p, const MatMul::Options& options,
+                                            const Number* x, const Number* bias, unsigned threads, std::string* path) {
   MatMul matmul;
   EXPECT_EQ(matmul.Init(p.blob.data(), p.blob.size(), options).message, "");
   *path = matmul.path(c.rows);
@@ -190,15 +191,20 @@ std::vector<std::vector<float>> MultiplyOutputs(const Case& c, const Problem& p,
     void operator()(void* block) const { std::free(block); }
   };
   const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, RoundUp(std::max<size_t>(bytes, 1), 64)));
-  std::vector<std::vector<float>> outputs;
-  std::vector<float*> pointers;
-  for (size_t i = 0; i < matmul.outputs(); ++i) outputs.emplace_back(c.rows * matmul.columns(i), std::nanf(""));
-  for (std::vector<float>& y : outputs) pointers.push_back(y.data());
+  std::vector<std::vector<Number>> outputs;
+  std::vector<void*> pointers;
+  const auto unwritten =
+      std::is_same_v<Number, float> ? static_cast<Number>(std::nanf("")) : static_cast<Number>(0x7e00);
+  for (size_t i = 0; i < matmul.outputs(); ++i) outputs.emplace_back(c.rows * matmul.columns(i), unwritten);
+  for (std::vector<Number>& y : outputs) pointers.push_back(y.data());
   Threads pool = {threads};
-  matmul.Run(p.x.data(), c.rows, c.bias ? p.bias.data() : nullptr, pointers.data(), scratch.get(),
-             {Threads::Run, &pool});
-  EXPECT_FALSE(HasTilesConfigured());
+  matmul.Run(x, c.rows, bias, pointers.data(), scratch.get(), {Threads::Run, &pool});
   return outputs;
+}
+
+std::vector<std::vector<float>> MultiplyOutputs(const Case& c, const Problem& p, const MatMul::Options& options,
+                                                unsigned threads, std::string* path) {
+  return RunOutputs(c, p, options, p.x.data(), c.bias ? p.bias.data() : nullptr, threads, path);
 }
 
 std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, unsigned threads, std::string* path) {
@@ -350,6 +356,99 @@ TEST(MatMul, OutputsAreThoseOfSeparateWeights) {
         EXPECT_TRUE(SameBits(Multiply(part, q, nullptr, 1, &path), outputs[i])) << "output " << i;
         column += part.n;
       }
+    }
+  }
+}
+
+std::vector<uint16_t> Halves(const std::vector<float>& numbers) {
+  std::vector<uint16_t> halves;
+  for (const float number : numbers) halves.push_back(Fp16FromFloat(number));
+  return halves;
+}
+
+std::vector<float> Floats(const std::vector<uint16_t>& halves) {
+  std::vector<float> numbers;
+  for (const uint16_t half : halves) numbers.push_back(FloatFromFp16(half));
+  return numbers;
+}
+
+// With fp16 numbers, results are those of the same numbers in fp32, rounded.
+void CheckHalves(const Case& c, const std::vector<uint64_t>& splits, uint32_t seed, float x_scale = 1) {
+  SCOPED_TRACE(testing::Message() << c);
+  Problem p = Make(c, seed);
+  for (float& x : p.x) x *= x_scale;
+  const std::vector<uint16_t> x = Halves(p.x), bias = Halves(p.bias);
+  p.x = Floats(x);
+  p.bias = Floats(bias);
+  for (const Level* level : Levels()) {
+    if (!MissingFeatures(level->features).empty()) continue;
+    SCOPED_TRACE(level->name);
+    std::string path;
+    MatMul::Options options;
+    options.isa = level->name;
+    options.splits = splits;
+    options.epilogues = {c.epilogue};
+    const auto expected = MultiplyOutputs(c, p, options, 1, &path);
+    options.element = Element::kFp16;
+    for (const unsigned threads : {1u, 3u}) {
+      const auto outputs = RunOutputs(c, p, options, x.data(), c.bias ? bias.data() : nullptr, threads, &path);
+      for (size_t i = 0; i < outputs.size(); ++i) EXPECT_EQ(outputs[i], Halves(expected[i])) << "output " << i;
+    }
+  }
+}
+
+TEST(MatMul, HalvesAreFloatsRounded) {
+  uint32_t seed = 60;
+  for (int t = 0; t < kWeightTypes; ++t) {
+    const auto type = static_cast<WeightType>(t);
+    for (const uint64_t rows : {1, 5, 40}) {
+      CheckHalves({rows, 600, 251, 0.5, type, Form::kSparse, Epilogue::kSilu, true}, {}, ++seed);
+      CheckHalves({rows, 512, 93, 0.5, type, Form::kDense, Epilogue::kNone, false}, {48, 16, 29}, ++seed);
+    }
+    CheckHalves({3, 20000, 40, 0.5, type, Form::kSparse, Epilogue::kGelu, true}, {16, 24}, ++seed);  // K parts
+    CheckHalves({1, 40000, 20, 0.5, type, Form::kSparse, Epilogue::kNone, true}, {}, ++seed);
+    CheckHalves({2, 0, 40, 0.5, type, Form::kSparse, Epilogue::kNone, true}, {}, ++seed);
+    CheckHalves({2, 100, 40, 0.5, type, Form::kSparse, Epilogue::kNone, true}, {}, ++seed, 20000);   // some infinite
+    CheckHalves({2, 100, 40, 0.5, type, Form::kSparse, Epilogue::kNone, false}, {}, ++seed, 1e-6f);  // some denormal
+  }
+  CheckHalves({1100, 70, 40, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kNone, true}, {16, 24}, ++seed);
+}
+
+TEST(MatMul, EveryHalfIsConvertedAtEveryLevel) {
+  std::vector<uint16_t> all(65536);
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint16_t>(i);
+  for (const Level* level : Levels()) {
+    if (!MissingFeatures(level->features).empty()) continue;
+    std::vector<float> floats(all.size() + 1, 7.0f);
+    level->halves_to_floats(all.data(), all.size(), floats.data());
+    std::vector<float> numbers;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const float expected = FloatFromFp16(all[i]);
+      if (std::isnan(expected))
+        ASSERT_TRUE(std::isnan(floats[i])) << level->name << " " << i;
+      else
+        ASSERT_EQ(floats[i], expected) << level->name << " " << i;
+      // The half itself, what lies halfway to the next one, and its neighbours.
+      uint32_t bits;
+      std::memcpy(&bits, &expected, sizeof bits);
+      for (const uint32_t offset : {0u, 0xfffu, 0x1000u, 0x1001u, 0x1fffu}) {
+        const uint32_t moved = bits + offset;
+        float number;
+        std::memcpy(&number, &moved, sizeof number);
+        if (!std::isnan(number)) numbers.push_back(number);
+      }
+    }
+    EXPECT_EQ(floats.back(), 7.0f);
+    for (const float number : {1e-45f, 1e-8f, 2.9e-8f, 2.98023224e-8f, 3e-8f, 65519.99f, 65520.0f, 3e38f, -1e-8f})
+      numbers.push_back(number);
+    // Rows of an odd length, so that the loops' ends are seen too.
+    const size_t columns = 37, rows = numbers.size() / columns;
+    std::vector<uint16_t> halves(rows * (columns + 2), 9);
+    level->floats_to_halves(numbers.data(), columns, rows, columns, halves.data(), columns + 2);
+    for (size_t i = 0; i < halves.size(); ++i) {
+      const size_t column = i % (columns + 2);
+      const uint16_t expected = column < columns ? Fp16FromFloat(numbers[i / (columns + 2) * columns + column]) : 9;
+      ASSERT_EQ(halves[i], expected) << level->name << " " << i;
     }
   }
 }

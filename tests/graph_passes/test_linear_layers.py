@@ -311,13 +311,6 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
         ],
         Reason.UNSUPPORTED_DTYPE: [
             make_model(
-                [node("MatMul", ["x", "w"], ["y"])],
-                x,
-                ["y"],
-                {"w": w.astype(np.float16)},
-                element_type=TensorProto.FLOAT16,
-            ),
-            make_model(
                 [node("Gemm", ["x", "w"], ["y"])],
                 x,
                 ["y"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparamx_onnx.ops import library, packing, reference
-from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_MATMUL
+from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_MATMUL, Epilogue
 from sparamx_onnx.ops.packing import PackOptions, WeightType
 
 TOLERANCE = 2e-5
@@ -23,6 +24,7 @@ def _session(
     bias: np.ndarray | None = None,
     rank: int = 2,
     outputs: Sequence[str] = ("y",),
+    element_type: int = TensorProto.FLOAT,
     **attributes: str | Sequence[int],
 ) -> onnxruntime.InferenceSession:
     inputs = ["x", "w"] + ["b"] * (bias is not None)
@@ -31,8 +33,8 @@ def _session(
     graph = helper.make_graph(
         [node],
         "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [f"d{i}" for i in range(rank - 1)] + [k])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name],
+        [helper.make_tensor_value_info("x", element_type, [f"d{i}" for i in range(rank - 1)] + [k])],
+        [helper.make_tensor_value_info(name, element_type, None) for name in outputs if name],
         [numpy_helper.from_array(array, name) for name, array in initializers.items()],
     )
     imports = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
@@ -196,3 +198,51 @@ def test_lengths_without_a_name_stay_unknown(weight) -> None:
     z = session.run(None, {"x": x})[0]
     assert z.shape == (2, 5, 3, 16)
     assert _error(z.reshape(2, 5, 48), (x @ w)) <= TOLERANCE
+
+
+def _half_session(
+    blob: np.ndarray, w: np.ndarray, bias: np.ndarray | None, **attributes
+) -> onnxruntime.InferenceSession:
+    return _session(blob, *w.shape, bias, element_type=TensorProto.FLOAT16, **attributes)
+
+
+@pytest.mark.parametrize("weight_type", list(WeightType))
+def test_halves(cases, weight_type: WeightType) -> None:
+    """float16 in and out: the same products, with one rounding at the end."""
+    activations = {WeightType.FP32: "fp32", WeightType.BF16: "bf16"}.get(weight_type, "int8")
+    for index, case in enumerate(cases(500, 8)):
+        x = case.x.astype(np.float16)
+        bias = None if case.bias is None else case.bias.astype(np.float16)
+        case = dataclasses.replace(case, x=x.astype(np.float32), bias=None if bias is None else bias.astype(np.float32))
+        blob = packing.pack(case.w, PackOptions(weight_type))
+        epilogue = list(Epilogue)[index % len(Epilogue)].value
+        y = _half_session(blob, case.w, bias, epilogue=epilogue).run(None, {"x": x})[0]
+        assert y.dtype == np.float16
+        expected = _expected(case, blob, epilogue, activations)
+        # Half a unit of the last place, and where sums are not exact, what comes before the rounding.
+        tolerance = 2**-11 * np.abs(expected) + 2**-25 + TOLERANCE * max(1.0, np.abs(expected).max())
+        assert (np.abs(y.astype(np.float32) - expected) <= tolerance).all(), str(case)
+        # It is the float32 operator's result, rounded.
+        floats = _session(blob, *case.w.shape, case.bias, epilogue=epilogue).run(None, {"x": case.x})[0]
+        assert y.tobytes() == floats.astype(np.float16).tobytes()
+
+
+def test_halves_overflow_and_denormals() -> None:
+    w = np.array([[1.0, 60000.0, 2.0**-10, -60000.0]], np.float32)
+    blob = packing.pack(w, PackOptions(WeightType.FP32))
+    session = _half_session(blob, w, None)
+    x = np.array([[1.0], [2.0], [2.0**-14], [np.inf], [np.nan], [2.0**-24], [-0.0]], np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = (x.astype(np.float32) @ w).astype(np.float16)
+    y = session.run(None, {"x": x})[0]
+    np.testing.assert_array_equal(y, expected)
+    assert np.isposinf(y[1, 1])
+    assert np.isneginf(y[1, 3])
+    assert y[2, 2] == 2.0**-24
+    assert np.isnan(y[4]).all()
+
+
+def test_types_that_are_mixed(weight) -> None:
+    blob = packing.pack(weight(np.random.default_rng(8), 64, 48, 0.5, holes=False), PackOptions())
+    with pytest.raises(Exception, match=r"(?i)type"):
+        _session(blob, 64, 48, np.zeros(48, np.float16))

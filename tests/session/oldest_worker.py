@@ -25,7 +25,9 @@ def main() -> None:
         except Exception as error:
             outputs[path.stem] = np.array(str(error))
             continue
+        is_half = session.get_inputs()[0].type == "tensor(float16)"
         for name, x in inputs.items():
+            x = x.astype(np.float16) if is_half else x
             outputs[f"{path.stem}/{name}"] = np.concatenate(session.run(None, {"x": x}), axis=-1)
         outputs[f"{path.stem}/shapes"] = np.array([str(output.shape) for output in session.get_outputs()])
     np.savez(output, version=np.array(onnxruntime.__version__), **outputs)

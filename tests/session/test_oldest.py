@@ -41,6 +41,8 @@ def folder(
         siblings = make_model([make_layer(K, N, weight_type, epilogue="silu")])
         _cut(siblings)
         onnx.save(siblings, folder / f"{weight_type}-siblings.onnx")
+        _halve(siblings)
+        onnx.save(siblings, folder / f"{weight_type}-siblings-half.onnx")
     inline = make_model([make_layer(K, N)])
     onnx.save(inline, folder / "inline.onnx")
     blob = bytearray(inline.graph.initializer[0].raw_data)
@@ -62,6 +64,16 @@ def _cut(model: onnx.ModelProto) -> None:
     node.attribute.append(helper.make_attribute("splits", SPLITS))
 
 
+def _halve(model: onnx.ModelProto) -> None:
+    """Makes inputs, outputs and biases float16."""
+    for value in [*model.graph.input, *model.graph.output]:
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            half = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+
+
 def test_the_oldest_and_this_runtime_compute_the_same_bits(
     folder: Path, tmp_path: Path, oldest: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -79,10 +91,11 @@ def test_the_oldest_and_this_runtime_compute_the_same_bits(
     assert set(then) == set(now)
     shapes = {name: list(then.pop(name)) for name in list(then) if name.endswith("/shapes")}
     assert shapes == {name: list(now.pop(name)) for name in shapes}
-    for weight_type in ("fp32", "bf16"):
-        assert shapes[f"{weight_type}-siblings/shapes"] == [f"['batch', {columns}]" for columns in SPLITS]
-    assert len(then) == (2 * (2 * len(EPILOGUES) + 1) + 1) * len(ROWS)
+    for name in ("fp32-siblings", "bf16-siblings", "fp32-siblings-half", "bf16-siblings-half"):
+        assert shapes[f"{name}/shapes"] == [f"['batch', {columns}]" for columns in SPLITS]
+    assert len(then) == (2 * (2 * len(EPILOGUES) + 2) + 1) * len(ROWS)
     for name, y in then.items():
+        assert y.dtype == (np.float16 if "half" in name else np.float32)
         assert y.shape == (int(name.partition("/rows")[2]), 50 if "-" in name and "siblings" not in name else N)
         assert np.isfinite(y).all()
         assert y.tobytes() == now[name].tobytes(), name
