@@ -25,6 +25,13 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.fixture(scope="session")
+def cpu_flags() -> set[str]:
+    """What Linux says of the CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next(line for line in lines if line.startswith("flags")).split(":")[1].split())
+
+
 @pytest.fixture
 def run_python(emulator: Path) -> RunPython:
     """Runs Python with the emulator that pretends what it is told, or, told None, without any emulator."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,12 +41,6 @@ assert prctl(22, 2, ctypes.byref(Filter(len(code), ctypes.addressof(program)))) 
 sys.argv = ["sparamx-onnx", "info", "--json"]
 runpy.run_module("sparamx_onnx", run_name="__main__")
 """
-
-
-def _flags() -> set[str]:
-    """What Linux says of the CPU."""
-    line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    return set(line.split(":")[1].split())
 
 
 def _info(run_python, pretend: str | None, **variables: str) -> tuple[dict[str, Any], str]:
@@ -93,12 +86,12 @@ def test_a_refusal_is_one_line_and_avx512_runs(run_python) -> None:
     assert log == f"sparamx-onnx: {_REFUSAL}; using AVX-512 instead\n"
 
 
-def test_a_real_kernel_refuses(run_python) -> None:
+def test_a_real_kernel_refuses(run_python, cpu_flags: set[str]) -> None:
     result = run_python(None, "-c", _WITH_SECCOMP)
     assert result.returncode == 0, result.stderr
     cpu = json.loads(result.stdout)["cpu"]
     assert cpu["level"] == _BEST_WITHOUT
-    has_amx = "amx_tile" in _flags()
+    has_amx = "amx_tile" in cpu_flags
     assert result.stderr == (f"sparamx-onnx: {_REFUSAL}; using AVX-512 instead\n" if has_amx else "")
 
 
