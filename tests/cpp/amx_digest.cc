@@ -84,7 +84,7 @@ bool Print(const Matrix& m) {
       void operator()(void* block) const { std::free(block); }
     };
     const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, (matmul.ScratchBytes(rows) + 64) / 64 * 64));
-    float* outputs[] = {y.data()};
+    void* const outputs[] = {y.data()};
     const auto run = [](void*, size_t count, void (*body)(void*, size_t), void* user) {
       for (size_t i = 0; i < count; ++i) body(user, i);
     };
