@@ -183,3 +183,17 @@ def test_overhead_times_every_weight_type(tmp_path: Path) -> None:
     for result in document["results"]:
         assert 0 < result["quartiles"][0] <= result["median_seconds"] <= result["quartiles"][1]
     assert "us a layer" in printed
+
+
+def test_quality_orders_the_methods(tmp_path: Path) -> None:
+    """MiniLM with its real weights: what knows more of the inputs keeps more of the embeddings."""
+    options = "--calibration 128 --test 150 --methods magnitude wanda sparsegpt --sparsities 0.5 --patterns"
+    document, printed = run("quality.py", tmp_path, *options.split())
+    assert (document["calibration"], document["test"], document["weights"]) == (128, 150, "bf16")
+    rows = {row["method"]: row for row in document["results"]}
+    for row in rows.values():
+        assert row["zeros"] == pytest.approx(0.5, abs=0.002)
+        assert f"{row['cosine']:.4f}" in printed
+    for figure in ("cosine", "neighbours"):
+        assert rows["magnitude"][figure] < rows["wanda"][figure] < rows["sparsegpt"][figure]
+    assert rows["sparsegpt"]["cosine"] > 0.9
