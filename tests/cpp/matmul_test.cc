@@ -199,6 +199,7 @@ std::vector<std::vector<Number>> RunOutputs(const Case& c, const Problem& p, con
   for (std::vector<Number>& y : outputs) pointers.push_back(y.data());
   Threads pool = {threads};
   matmul.Run(x, c.rows, bias, pointers.data(), scratch.get(), {Threads::Run, &pool});
+  EXPECT_FALSE(HasTilesConfigured());
   return outputs;
 }
 
