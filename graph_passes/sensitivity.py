@@ -126,9 +126,10 @@ def _multiply(layer: Layer, blob: npt.NDArray[np.uint8], x: Array) -> npt.NDArra
     tensor = None if bias is None else ir.convenience.get_const_tensor(bias)
     vector = None
     if tensor is not None:
-        widths = node.attributes["splits"].as_ints() if "splits" in node.attributes else [tensor.shape[0]]
+        values = np.asarray(tensor.numpy(), np.float32)
+        widths = node.attributes["splits"].as_ints() if "splits" in node.attributes else [values.size]
         start = sum(widths[: layer.index])
-        vector = np.asarray(tensor.numpy(), np.float32)[start : start + widths[layer.index]]
+        vector = values[start : start + widths[layer.index]]
     epilogues = node.attributes["epilogue"].as_string() if "epilogue" in node.attributes else "none"
     names = epilogues.split(",")
     # One name stands for all outputs.
