@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", type=shapes.parse, metavar="KxN,...", help="default: those of shapes.py")
     parser.add_argument("--sparsity", nargs="+", type=float)
     parser.add_argument("--m", nargs="+", type=int)
-    parser.add_argument("--quick", action="store_true", help="a few shapes, 50 and 70 % zeros, M 1, 4, 16 and 128")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, 50 and 70 %% zeros, M 1, 4, 16 and 128")
     parser.add_argument("--level", help="run this level's own kernels (avx2, avx512, ...), not the library's choice")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cell-seconds", type=float, default=0.2, help="time for each combination")
