@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class OutputProbe:
         copy = as_model(
             piece, model, {value.name or "": value.dtype or ir.DataType.FLOAT for value in model.graph.inputs}
         )
-        results = {_result(layer) for group in groups for layer in layers_of(group)}
+        results = {_result(layer): _result_type(layer) for group in groups for layer in layers_of(group)}
         self._changes = _add_changes(copy, results)
         self._outputs = piece.outputs
         self._sample = {run: {name: feeds[name] for name in piece.inputs} for run, feeds in sample.items()}
@@ -100,10 +100,13 @@ def _result(layer: Layer) -> str:
     return layer.node.outputs[layer.index].name or ""
 
 
-def _add_changes(model: ir.Model, results: Iterable[str]) -> list[str]:
-    """Adds an input to each of some values; returns those that the model has."""
-    wanted = set(results)
-    found = [(node, value) for node in model.graph for value in node.outputs if value.name in wanted]
+def _result_type(layer: Layer) -> ir.DataType:
+    return layer.node.outputs[layer.index].dtype or ir.DataType.FLOAT
+
+
+def _add_changes(model: ir.Model, results: Mapping[str, ir.DataType]) -> list[str]:
+    """Adds an input to each of some values of these types; returns those that the model has."""
+    found = [(node, value) for node in model.graph for value in node.outputs if value.name in results]
     for node, result in found:
         name = result.name or ""
         change = ir.Value(name=name + _CHANGE, type=ir.TensorType(ir.DataType.FLOAT))
@@ -115,7 +118,10 @@ def _add_changes(model: ir.Model, results: Iterable[str]) -> list[str]:
             if output is result:
                 model.graph.outputs[index] = changed
         ir.convenience.replace_all_uses_with(result, changed)
-        model.graph.insert_after(node, ir.Node("", "Add", [result, change], outputs=[changed]))
+        # Changes are float32, whatever the result is.
+        to = ir.AttrInt64("to", results[name].value)
+        cast = ir.Node("", "Cast", [change], [to])
+        model.graph.insert_after(node, [cast, ir.Node("", "Add", [result, cast.outputs[0]], outputs=[changed])])
     return [(result.name or "").removesuffix(".sparamx.unchanged") for _, result in found]
 
 

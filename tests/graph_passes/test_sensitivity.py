@@ -75,7 +75,7 @@ def test_allocation_without_differences_is_uniform() -> None:
     np.testing.assert_allclose(allocate([same] * 4, [2.0] * 4, [1000] * 4, 0.3), 0.3, atol=0.02)
 
 
-def _two_branches(make_model, outputs=("y",)) -> onnx.ModelProto:
+def _two_branches(make_model, outputs=("y",), dtype=np.float32) -> onnx.ModelProto:
     """One layer whose result is the model's, and one of which a hundredth is added."""
     nodes = [
         node("MatMul", ["x", "loud"], ["m0"]),
@@ -91,7 +91,9 @@ def _two_branches(make_model, outputs=("y",)) -> onnx.ModelProto:
         "bias": np.full(K, 0.1, np.float32),
         "hundredth": np.array(0.01, np.float32),
     }
-    return make_model(nodes, {"x": ("b", "s", K)}, list(outputs), constants)
+    constants = {name: array.astype(dtype) for name, array in constants.items()}
+    element_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return make_model(nodes, {"x": ("b", "s", K)}, list(outputs), constants, element_type=element_type)
 
 
 @pytest.mark.parametrize("outputs", [("y",), ("r0", "y", "m1")])
@@ -119,11 +121,13 @@ def test_damage_is_what_the_outputs_change_by(make_model, tmp_path, outputs) -> 
         assert value == pytest.approx(np.mean(expected), rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_zeros_go_where_they_harm_least(make_model, tmp_path, method) -> None:
-    proto = _two_branches(make_model)
+def test_zeros_go_where_they_harm_least(make_model, tmp_path, method, dtype) -> None:
+    proto = _two_branches(make_model, dtype=dtype)
     model, plan, options = _rewritten(proto, method=method, sparsity=0.5, allocation="sensitivity")
-    pipeline.prune(model, plan, options, _runs(), tmp_path)
+    runs = [{name: x.astype(dtype) for name, x in run.items()} for run in _runs()]
+    pipeline.prune(model, plan, options, runs, tmp_path)
     for packed in [value.const_value for value in model.graph.initializers.values()]:
         if hasattr(packed, "pack"):
             packed.pack()
