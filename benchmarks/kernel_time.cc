@@ -185,7 +185,8 @@ __attribute__((visibility("default"))) double kernel_run(void* pool, void* const
   threads.Begin();
   Pool::For(pool, 0, nullptr, nullptr);  // returns when everyone is awake
   const auto start = std::chrono::steady_clock::now();
-  for (uint64_t i = 0; i < count; ++i) product(i)->Run(x, rows, nullptr, &y, scratch, parallel);
+  void* const outputs[] = {y};
+  for (uint64_t i = 0; i < count; ++i) product(i)->Run(x, rows, nullptr, outputs, scratch, parallel);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   threads.End();
   return seconds.count();
