@@ -25,6 +25,12 @@ _FLOATS: Mapping[ir.DataType, np.dtype[np.generic]] = {
 # From this IR version on, an initializer that is also a graph input is only a default that a caller may replace.
 _OVERRIDABLE_SINCE_IR = 4
 
+# What may lie between matrices that are picked from a stack and their product.
+_PASSING = frozenset(
+    {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
+_LONGEST_WAY_TO_GATHER = 6
+
 
 @dataclass(frozen=True)
 class Transposed:
@@ -230,6 +236,9 @@ class ConstantFolder:
                 return _root(value, tensor)
             return NotConstant(Reason.WEIGHT_NOT_CONSTANT, f"The Constant node '{node.name}' holds no plain tensor.")
         if value not in self._values_of_constants():
+            stack = _stack_of_matrices(value)
+            if stack is not None:
+                return NotConstant(Reason.WEIGHT_CHOSEN_AT_RUN_TIME, f"They are '{stack.name}'.")
             return NotConstant(Reason.TWO_ACTIVATIONS)
         if node.op_type.startswith("Dequantize"):
             return NotConstant(Reason.QUANTIZED_WEIGHT, f"The {node.op_type} node '{node.name}' expands it.")
@@ -297,6 +306,22 @@ def _is_foldable(node: ir.Node) -> bool:
     if node.op_type == "DequantizeLinear":
         return node.domain in ("", "com.microsoft") and 2 <= len(node.inputs) <= 3
     return node.domain == "" and node.op_type in _FOLDED and len(node.inputs) == 1
+
+
+def _stack_of_matrices(value: ir.Value) -> ir.Value | None:
+    """The initializer of three or more dimensions from which a Gather picks the value, as the experts of a token."""
+    node = value.producer()
+    for _ in range(_LONGEST_WAY_TO_GATHER):
+        if node is None or not node.inputs or node.inputs[0] is None or node.domain != "":
+            return None
+        source = node.inputs[0]
+        if node.op_type in ("Gather", "GatherND"):
+            is_stack = _is_initialized(source) and source.shape is not None and len(source.shape) >= 3
+            return source if is_stack else None
+        if node.op_type not in _PASSING:
+            return None
+        node = source.producer()
+    return None
 
 
 def _is_initialized(value: ir.Value) -> bool:

@@ -26,6 +26,7 @@ from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_be
 from sparamx_onnx.graph_passes.prune_pattern import Pattern, prune_to_pattern
 from sparamx_onnx.graph_passes.rewrite_attention import RewriteAttentionPass
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
+from sparamx_onnx.graph_passes.routers import chooses_experts
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import (
@@ -377,11 +378,17 @@ def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]
         elif include and included is None:
             _leave_alone(plan, Reason.NOT_INCLUDED_BY_USER)
         else:
-            codes = _codes_to_keep(layer, options)
+            # Rounding may exchange two experts; a pattern that includes a router names it.
+            stays_exact = chooses_experts(layer) and included is None and not layer.static
+            codes = None if stays_exact else _codes_to_keep(layer, options)
             if isinstance(codes, NotConstant):
                 _leave_alone(plan, codes.reason, codes.detail)
                 continue
-            packed_as = pack_options if codes is None else replace(codes.options, threads=options.threads)
+            if stays_exact:
+                packed_as = PackOptions(WeightType.FP32, threads=options.threads)
+                plan.detail = "It chooses experts, so it stays fp32."
+            else:
+                packed_as = pack_options if codes is None else replace(codes.options, threads=options.threads)
             plan.weight_type, plan.group_size = packed_as.weight_type.value, packed_as.group_size or None
             plan.keeps_codes = codes is not None
             chosen = Chosen(layer, plan, packed_as, codes=codes)

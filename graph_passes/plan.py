@@ -27,6 +27,7 @@ class Reason(StrEnum):
     PACKED_DENSE = "packed_dense"
     ALREADY_CONVERTED = "already_converted"
     TWO_ACTIVATIONS = "two_activations"
+    WEIGHT_CHOSEN_AT_RUN_TIME = "weight_chosen_at_run_time"
     WEIGHT_NOT_CONSTANT = "weight_not_constant"
     WEIGHT_IS_GRAPH_INPUT = "weight_is_graph_input"
     WEIGHT_ON_LEFT = "weight_on_left"
@@ -57,12 +58,15 @@ _TEXTS: Mapping[Reason, str] = {
     Reason.PACKED_DENSE: "Packed dense: it has too few zeros for the sparse form to be smaller; prune it to gain more.",
     Reason.ALREADY_CONVERTED: "It is a sparse operator already.",
     Reason.TWO_ACTIVATIONS: "Both inputs are computed at run time (as in attention), so there is no weight to pack.",
+    Reason.WEIGHT_CHOSEN_AT_RUN_TIME: "The weight is one of several that the graph picks from at run time; export one "
+    "product for each expert.",
     Reason.WEIGHT_NOT_CONSTANT: "The weight is computed in the graph; fold constants before converting "
     "(onnxruntime's basic optimizations, or onnxsim).",
     Reason.WEIGHT_IS_GRAPH_INPUT: "The weight is also a graph input, so a caller may replace it; "
     "remove it from the graph inputs if nobody does.",
     Reason.WEIGHT_ON_LEFT: "The constant is the left input; only weights on the right are supported.",
-    Reason.WEIGHT_NOT_2D: "The weight does not have two dimensions.",
+    Reason.WEIGHT_NOT_2D: "The weight does not have two dimensions; where it stacks experts, export one product for "
+    "each.",
     Reason.EMPTY_WEIGHT: "The weight has no elements.",
     Reason.CONSTANT_EXPRESSION: "Both inputs are constants; ONNX Runtime computes the product once, when it loads.",
     Reason.MALFORMED_NODE: "The node is not valid ONNX: its inputs, shapes or attributes do not fit; "

@@ -92,6 +92,8 @@ def read_operands(node: ir.Node, folder: ConstantFolder) -> tuple[ir.Value, Fold
     if isinstance(weight, NotConstant):
         if isinstance(left, FoldedConstant) and weight.reason is Reason.TWO_ACTIVATIONS:
             return Refusal(Reason.WEIGHT_ON_LEFT, f"It is '{left.name}'.")
+        if isinstance(left, NotConstant) and left.reason is Reason.WEIGHT_CHOSEN_AT_RUN_TIME:
+            return Refusal(left.reason, left.detail)
         return Refusal(weight.reason, weight.detail)
     if isinstance(left, FoldedConstant):
         return Refusal(Reason.CONSTANT_EXPRESSION, weight=weight)

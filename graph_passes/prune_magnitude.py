@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.linear_layers import LinearLayer, scope_of
+from sparamx_onnx.graph_passes.routers import chooses_experts, is_ranked, predictions
 from sparamx_onnx.ops.errors import SparamxError
 
 # Values looked at together: large enough for NumPy's overhead to vanish, small enough to stay in the L2 cache.
@@ -18,8 +17,8 @@ _CHUNK = 1 << 18
 # Radix of the search for the threshold: one pass over the high bits of the magnitudes, one over the rest.
 _HIGH_BITS = 16
 
-# Below this, in either dimension, a layer is a head or a router: its zeros would save next to nothing, and every one of
-# its outputs counts. Experts are routed among at most a few hundred; those routers are told by their names.
+# Below this, in either dimension, a layer is a small head: its zeros would save next to nothing, and every one of its
+# outputs counts.
 SMALL_HEAD = 64
 
 _SPARED_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -33,16 +32,7 @@ _SPARED_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
         "an embedding",
         re.compile(r"(^|[./_])(embeddings?|embed_tokens|embed_in|word_embeddings?|wte|wpe)\.?(weight)?$", re.I),
     ),
-    (
-        "an expert router",
-        re.compile(
-            r"(^|[./_])(router|(mlp|moe|ffn|feed_forward|block_sparse_moe)[./](shared_expert_)?gate)([./]|$)", re.I
-        ),
-    ),
 )
-
-# A result that reaches a graph output through these alone is what the model predicts, not a hidden state.
-_HEAD_FOLLOWERS = frozenset({"Cast", "Identity", "LogSoftmax", "Sigmoid", "Softmax", "Squeeze", "Tanh"})
 
 # A head has many more outputs than inputs (a vocabulary); a block's last projection does not.
 _VOCABULARY_RATIO = 4
@@ -53,10 +43,11 @@ def spared_because(layer: LinearLayer) -> str:
 
     Rules:
 
-    1. Its name (of the weight, the module or the node) is that of an output head, an embedding or an expert router.
+    1. Its name (of the weight, the module or the node) is that of an output head or an embedding; or it chooses experts
+       (see ``routers.chooses_experts``).
     2. Its weight is also looked up by a Gather: it is a tied embedding.
-    3. It has fewer than 64 inputs or outputs: a small head, or a router.
-    4. Its result chooses experts: a TopK follows, directly or behind a Softmax or Sigmoid.
+    3. It has fewer than 64 inputs or outputs: a small head.
+    4. A TopK takes its result, directly or behind a Softmax or Sigmoid.
     5. Its result is a graph output, directly or behind a Softmax or the like, and it has at least four times as many
        outputs as inputs: it predicts over a vocabulary.
     """
@@ -64,29 +55,17 @@ def spared_because(layer: LinearLayer) -> str:
     for what, pattern in _SPARED_NAMES:
         if any(pattern.search(name) for name in names):
             return f"It is {what} by its name."
+    if chooses_experts(layer):
+        return "It chooses experts."
     if any(node.op_type.startswith("Gather") for node in layer.weight.root.consumers()):
         return "Its weight is also an embedding."
     if min(layer.k, layer.n) < SMALL_HEAD:
         return f"It is a small head ({layer.k} x {layer.n})."
-    results = list(_predictions(layer.output))
-    if any(node.op_type == "TopK" for value in results for node in value.consumers()):
-        return "It chooses experts."
-    if layer.n >= _VOCABULARY_RATIO * layer.k and any(value.is_graph_output() for value in results):
+    if is_ranked(layer.output):
+        return "Its largest outputs are picked."
+    if layer.n >= _VOCABULARY_RATIO * layer.k and any(value.is_graph_output() for value in predictions(layer.output)):
         return "It is the model's output head."
     return ""
-
-
-def _predictions(value: ir.Value) -> Iterator[ir.Value]:
-    """A value, and what becomes of it through operators that a head may be followed by."""
-    stack, seen = [value], {value}
-    while stack:
-        current = stack.pop()
-        yield current
-        for node in current.consumers():
-            if node.domain == "" and node.op_type in _HEAD_FOLLOWERS:
-                new = [output for output in node.outputs if output not in seen]
-                seen.update(new)
-                stack.extend(new)
 
 
 def zeros_wanted(size: int, sparsity: float) -> int:

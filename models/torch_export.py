@@ -28,7 +28,7 @@ def export(
     `dynamic_shapes` mirrors `arguments`: per tensor a dict from axis to the name of a symbolic dimension.
     `input_names` and `output_names` name the flattened tensors.
     """
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             module,
             arguments,
@@ -52,7 +52,7 @@ def _forget_stack_traces(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the exporter's remarks about absent packages and its own internals off the terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

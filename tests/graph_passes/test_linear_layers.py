@@ -323,6 +323,19 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
             make_model([fused(transA=1)], {"x": (K, 2)}, ["y"], {"w": w}),
             make_model([fused(transBatchA=1)], {"x": (2, 3, K)}, ["y"], {"w": w}),
         ],
+        Reason.WEIGHT_CHOSEN_AT_RUN_TIME: [
+            make_model(
+                [node("Gather", ["stack", "i"], ["g"]), *between, node("MatMul", ["x3", last], ["y"])],
+                {"x3": (2, 3, K)},
+                ["y"],
+                {"stack": stack},
+                extra_inputs=[helper.make_tensor_value_info("i", TensorProto.INT64, [2])],
+            )
+            for stack, between, last in (
+                (sparse((4, K, N)), [], "g"),
+                (sparse((4, N, K)), [node("Transpose", ["g"], ["t"], perm=[0, 2, 1])], "t"),
+            )
+        ],
         Reason.UNSUPPORTED_BIAS: [
             make_model([node("Gemm", ["x", "w", "c"], ["y"])], {**x, "c": (N,)}, ["y"], {"w": w}),
             make_model([node("Gemm", ["x", "w", "c"], ["y"])], x, ["y"], {"w": w, "c": _x(2, N)}),
@@ -338,6 +351,7 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
 
 REFUSED = [
     Reason.TWO_ACTIVATIONS,
+    Reason.WEIGHT_CHOSEN_AT_RUN_TIME,
     Reason.WEIGHT_NOT_CONSTANT,
     Reason.WEIGHT_IS_GRAPH_INPUT,
     Reason.WEIGHT_ON_LEFT,

@@ -293,6 +293,30 @@ def test_magnitude_spares_heads_unless_they_are_named(workbench, make_model, spa
     assert named.error({"x": _x(96)}) <= EXACT
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_routers_stay_exact_unless_they_are_named(workbench, make_model, sparse, weights) -> None:
+    nodes = [
+        node("MatMul", ["x", "choice"], ["m"]),
+        node("Softmax", ["m"], ["s"]),
+        node("TopK", ["s", "two"], ["v", "i"]),
+    ]
+    initializers = {"choice": sparse((96, 8)), "two": np.array([2], np.int64)}
+    proto = make_model(nodes, {"x": (3, 96)}, ["v"], initializers)
+    converted = workbench.convert(proto, weights=weights)
+    assert converted.plan.nodes[0].weight_type == "fp32"
+    assert "experts" in converted.plan.nodes[0].text
+    assert converted.error({"x": _x(96)}) <= EXACT
+    named = workbench.convert(proto, name="named.onnx", weights=weights, include="choice")
+    assert named.plan.nodes[0].weight_type == weights
+
+
+def test_a_vocabulary_that_tokens_are_picked_from_is_no_router(workbench, make_model, sparse) -> None:
+    nodes = [node("MatMul", ["x", "head"], ["m"]), node("TopK", ["m", "two"], ["v", "i"])]
+    initializers = {"head": sparse((32, 1025)), "two": np.array([2], np.int64)}
+    converted = workbench.convert(make_model(nodes, {"x": (3, 32)}, ["v"], initializers), weights="bf16")
+    assert converted.plan.nodes[0].weight_type == "bf16"
+
+
 def test_the_same_weight_pruned_and_not(workbench, make_model, sparse) -> None:
     nodes = [
         node("MatMul", ["x", "w"], ["hidden"]),

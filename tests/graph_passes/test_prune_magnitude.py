@@ -149,10 +149,10 @@ def test_hidden_layers_are_not_spared(make_model, sparse) -> None:
         ("model.embed_tokens.weight", None, "embedding"),
         ("bert.embeddings.word_embeddings.weight", None, "embedding"),
         ("transformer.wte.weight", None, "embedding"),
-        ("model.layers.0.block_sparse_moe.gate.weight", None, "router"),
-        ("w", "model.layers.0.mlp.gate", "router"),
-        ("model.layers.0.mlp.shared_expert_gate.weight", None, "router"),
-        ("layer.router.weight", None, "router"),
+        ("model.layers.0.block_sparse_moe.gate.weight", None, "experts"),
+        ("w", "model.layers.0.mlp.gate", "experts"),
+        ("model.layers.0.mlp.shared_expert_gate.weight", None, "experts"),
+        ("layer.router.weight", None, "experts"),
     ],
 )
 def test_names_that_are_spared(make_model, sparse, weight, scope, why) -> None:
