@@ -377,7 +377,8 @@ def peers_chart() -> str:
     return chart.svg()
 
 
-CHARTS = {"decode": decode_chart, "fp32": fp32_chart, "peers": peers_chart}
+# The document that each chart is drawn from; a chart whose document has not been measured is left out.
+CHARTS = {"decode": ("kernels", decode_chart), "fp32": ("shapes", fp32_chart), "peers": ("models", peers_chart)}
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -399,7 +400,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
     arguments = parser.parse_args()
     files = {PAGE: fill(PAGE.read_text())}
-    files |= {PLOTS / f"{name}.svg": make() for name, make in CHARTS.items()}
+    for name, (document, make) in CHARTS.items():
+        if (MEASURED / f"{document}.json").exists():
+            files[PLOTS / f"{name}.svg"] = make()
+        else:
+            print(f"no chart {name!r}: {document}.json is not in {MEASURED.relative_to(ROOT)}")
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{'out of date' if arguments.check else 'wrote'}: {path.relative_to(ROOT)}")

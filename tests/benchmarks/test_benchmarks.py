@@ -88,6 +88,12 @@ def test_kernels_runs_the_level_that_is_asked_for(tmp_path: Path) -> None:
     assert {cell["path"] for cell in document["cells"]} == {"scalar"}
 
 
+def test_the_performance_page_says_what_was_measured() -> None:
+    command = [sys.executable, str(BENCHMARKS / "page.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_an_interrupted_benchmark(tmp_path: Path, signal_number: signal.Signals) -> None:
     command = [sys.executable, str(BENCHMARKS / "models.py"), f"--folder={tmp_path}"]
