@@ -139,11 +139,21 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
             "sparamx-onnx convert model.onnx --calibration inputs/ --sparsity 0.6",
             "prunes a dense model by typical inputs, .npz files in a folder",
         ),
+        (
+            "sparamx-onnx convert llama/ -o llama-sparse/ --attention fast",
+            "a model folder of onnxruntime-genai: writes one that it runs as it is",
+        ),
         ("sparamx-onnx convert model.onnx --exclude lm_head --dry-run", "what would happen; writes nothing"),
     ),
 )
 @click.argument("model")
-@click.option("-o", "--output", metavar="OUT", help="The file to write; NAME.sparse.onnx beside MODEL by default.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    help="The file to write; NAME.sparse.onnx beside MODEL by default. For a folder, the folder to write; MODEL.sparse"
+    " by default.",
+)
 @click.option(
     "--method",
     type=click.Choice(["auto", "keep", "magnitude", "wanda", "sparsegpt"]),
@@ -247,6 +257,9 @@ def convert(
     Writes OUT and OUT.data; MODEL is never changed. A MatMul or Gemm with a constant weight is converted, or listed
     with the reason why it was left alone; with --attention fast, attention operators too. For a model that is converted
     already or has nothing to convert nothing is written.
+
+    Where MODEL is a folder of onnxruntime-genai (with genai_config.json), OUT is a folder that it can run: the decoder
+    is converted, the library lies beside it, and everything else is copied.
     """
     from sparamx_onnx.conversion import convert as do_convert
     from sparamx_onnx.progress import progress_bar

@@ -11,13 +11,14 @@ from typing import Any, cast
 
 from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.feeds import read_calibration
+from sparamx_onnx.genai_folder import FolderOutput
 from sparamx_onnx.graph_passes import pipeline, write
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.packing import ScaleType, WeightType
-from sparamx_onnx.output import check_destination, commit, data_path, staging, write_error
+from sparamx_onnx.output import FileOutput, data_path, staging, write_error
 from sparamx_onnx.progress import Report, byte_report
 
 
@@ -27,7 +28,8 @@ class ConversionResult:
 
     Attributes:
         model: Path of the input.
-        output: Path of the model that was written, or, in a dry run, would be; None if there is nothing to convert.
+        output: Path of the model (or folder) that was written, or, in a dry run, would be; None if there is nothing to
+            convert.
         data: Path of its external data file, likewise; None if none is needed.
         written: Whether anything was written.
         dry_run: Whether that was asked for.
@@ -83,9 +85,11 @@ def convert(
     been converted already, nothing is written. An interrupted call leaves no part of an output behind.
 
     Args:
-        model: An ONNX file.
+        model: An ONNX file, or a model folder of onnxruntime-genai.
         output: The file to write; its weights go to the same name with ``.data`` appended. By default
-            ``NAME.sparse.onnx`` in the folder of ``NAME.onnx``.
+            ``NAME.sparse.onnx`` in the folder of ``NAME.onnx``. For a folder, the folder to write, with the converted
+            decoder, the operator library, a ``genai_config.json`` that names it and a copy of everything else; by
+            default ``FOLDER.sparse`` beside it.
         method: ``keep`` uses the zeros that are there. ``magnitude`` sets the smallest weights to zero without looking
             at any data, which usually ruins a language model at 50 %. ``wanda`` and ``sparsegpt`` run the model on
             ``calibration`` and prune layer by layer; the latter changes the weights that stay to make up for the
@@ -129,29 +133,28 @@ def convert(
         fuse_siblings=cast(FuseSiblings, fuse_siblings),
         attention=cast(pipeline.AttentionMode, attention),
     )
-    source = Path(model)
-    target = source.with_name(f"{source.stem}.sparse.onnx") if output is None else Path(output)
-    loaded = load_model(source)
+    destination = _destination(Path(model), None if output is None else Path(output))
+    loaded = load_model(model)
     if not dry_run:
-        check_destination(target, inputs=(source, *loaded.data_files), force=force)
+        destination.check(loaded, force=force)
     runs = None if calibration is None else read_calibration(calibration, loaded.model)
     plan = pipeline.run(loaded.model, options, byte_report(progress, "reading weights"), measure=dry_run)
     saved = None
     if plan.changes and not dry_run:
-        with staging(target) as folder:
+        with staging(destination.target) as folder:
             try:
                 if runs is not None:
                     pipeline.prune(loaded.model, plan, options, runs, folder, byte_report(progress, "pruning layers"))
                 saved = write.save(
-                    loaded.model, folder / target.name, progress=byte_report(progress, "packing weights")
+                    loaded.model, destination.model_in(folder), progress=byte_report(progress, "packing weights")
                 )
-                commit(folder, target)
+                destination.commit(folder, loaded)
             except OSError as error:
-                raise write_error(target, error) from error
+                raise write_error(destination.target, error) from error
     return ConversionResult(
         model=os.fspath(model),
-        output=os.fspath(target) if plan.changes else None,
-        data=os.fspath(data_path(target)) if plan.changes and (saved is None or saved.data_bytes) else None,
+        output=os.fspath(destination.target) if plan.changes else None,
+        data=os.fspath(data_path(destination.model)) if plan.changes and (saved is None or saved.data_bytes) else None,
         written=saved is not None,
         dry_run=dry_run,
         already_converted=not plan.changes and any(node.reason is Reason.ALREADY_CONVERTED for node in plan),
@@ -161,3 +164,11 @@ def convert(
         plan=plan,
         kernels=kernels_here(plan),
     )
+
+
+def _destination(source: Path, output: Path | None) -> FileOutput | FolderOutput:
+    """Where the result goes, by the kind of input."""
+    if not source.is_dir():
+        return FileOutput(source.with_name(f"{source.stem}.sparse.onnx") if output is None else output)
+    named = source if source.name not in ("", "..") else source.resolve()
+    return FolderOutput(source, named.with_name(f"{named.name}.sparse") if output is None else output)

@@ -320,10 +320,21 @@ def _by_position(value: ir.Value, axis: int, sizes: Mapping[str, int]) -> int:
     if axis == 0 and (_has_batch_axis(value) or kind == "lengths"):
         return sizes["batch"]
     if kind == "cache":
-        return sizes["past"]
+        last = value.shape is not None and axis == len(value.shape) - 1
+        return (_head_size(value) if last else None) or sizes["past"]
     if kind == "mask":
         return sizes["past"] + sizes["length"]
     return sizes["length"]
+
+
+def _head_size(cache: ir.Value) -> int | None:
+    """Numbers per head, where the cache leaves them open: those of the result of the attention that reads it."""
+    for node in cache.consumers():
+        heads, shape = node.attributes.get("num_heads"), node.outputs[0].shape
+        width = shape[-1] if shape is not None and len(shape) == 3 else None
+        if heads is not None and isinstance(width, int):
+            return width // max(1, heads.as_int())
+    return None
 
 
 def _feed(value: ir.Value, shape: tuple[int, ...], sizes: Mapping[str, int], bounds: Mapping[str, int]) -> Feed:

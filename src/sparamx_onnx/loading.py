@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from sparamx_onnx.genai_config import read_genai_config
 from sparamx_onnx.ops.definitions import DOMAIN
 from sparamx_onnx.ops.errors import SparamxError
 
@@ -26,7 +27,7 @@ class LoadedModel:
     """A model in memory, its weights still on disk.
 
     Attributes:
-        path: The file that was asked for.
+        path: The file that was asked for; in a folder, the one that the folder stands for.
         model: Its content; external tensors are lazy and carry absolute paths.
         data_files: The external data files that it refers to, links followed, in order of first use.
         bytes_on_disk: Size of the model file and of its external data files.
@@ -52,13 +53,15 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     """Reads a model file and checks that all of its external data is there.
 
     Args:
-        path: An ONNX file (protobuf).
+        path: An ONNX file (protobuf), or a model folder of onnxruntime-genai, which stands for its decoder.
 
     Raises:
         SparamxError: The file is missing, unreadable, no ONNX model or damaged, or its external data is missing, too
             short or outside of the model's folder.
     """
     path = Path(path)
+    if path.is_dir():
+        path /= read_genai_config(path).decoder
     proto = _parse(path)
     folders = {_real(path.parent), _real(path).parent}
     sizes: dict[Path, int] = {}

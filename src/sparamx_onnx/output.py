@@ -15,9 +15,38 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparamx_onnx.loading import LoadedModel
 from sparamx_onnx.ops.errors import SparamxError
 
 _LOCK = "lock"
+
+
+class FileOutput:
+    """A model file and its data file as the output of a conversion.
+
+    Attributes:
+        target: The model file to write.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    @property
+    def model(self) -> Path:
+        """Where the model will lie."""
+        return self.target
+
+    def check(self, loaded: LoadedModel, *, force: bool) -> None:
+        """As ``check_destination``; ``loaded`` is the input."""
+        check_destination(self.target, inputs=(loaded.path, *loaded.data_files), force=force)
+
+    def model_in(self, staging: Path) -> Path:
+        """Where in a staging folder the model has to be written."""
+        return staging / self.target.name
+
+    def commit(self, staging: Path, loaded: LoadedModel) -> None:
+        """As ``commit``, once the model has been written."""
+        commit(staging, self.target)
 
 
 def data_path(model: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from sparamx_onnx.benchmark import Benchmark
 from sparamx_onnx.conversion import ConversionResult
@@ -44,10 +45,16 @@ def conversion_text(result: ConversionResult) -> str:
         files = f"files {size(result.bytes_before)} -> {size(result.bytes_after)}"
         last = (
             f"{what} converted: {weights and f'{weights}; '}{files}."
-            f"\nWrote {result.output}{f' and {result.data}' if result.data else ''} in {duration(result.seconds)}."
+            f"\nWrote {_written(result)} in {duration(result.seconds)}."
         )
     layers = [_layers(plan.converted)] if plan.converted else []
     return _paragraphs(*layers, *_left_alone(plan), last + _on_this_cpu(result.kernels))
+
+
+def _written(result: ConversionResult) -> str:
+    """The files, or the folder that holds them."""
+    output, data = result.output or "", result.data
+    return output if data is None or Path(data).is_relative_to(output) else f"{output} and {data}"
 
 
 def _both(plan: Plan) -> str:

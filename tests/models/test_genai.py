@@ -1,20 +1,26 @@
-"""A converted decoder in onnxruntime-genai, which knows the library from its configuration file alone."""
+"""Converted decoders in onnxruntime-genai, which knows the library from its configuration file alone."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import sparamx_onnx
 from sparamx_onnx.models import llama
 from sparamx_onnx.models.llama import TINY
 
+SHAPE = llama.LlamaShape(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=96, vocab=304, positions=256)
 PROMPT = [5, 9, 77, 30]
-LENGTH = 24
+NEW_TOKENS = 200
+# How far the logit of a chosen token may lie below the dense model's largest one, by the largest absolute logit.
+NEAR = {"fp32": 1e-4, "bf16": 2e-2}
 
 GENERATE = """
 import json, sys
@@ -23,20 +29,106 @@ import onnxruntime_genai as og
 
 model = og.Model(sys.argv[1])
 parameters = og.GeneratorParams(model)
-parameters.set_search_options(max_length=int(sys.argv[2]), do_sample=False)
+prompt = json.loads(sys.argv[3])
+parameters.set_search_options(max_length=len(prompt) + int(sys.argv[2]), do_sample=False)
 generator = og.Generator(model, parameters)
-generator.append_tokens(np.array([json.loads(sys.argv[3])], np.int32))
+generator.append_tokens(np.array([prompt], np.int32))
 while not generator.is_done():
     generator.generate_next_token()
 print(json.dumps([int(token) for token in generator.get_sequence(0)]))
 """
 
 
+def generate(folder: Path, new_tokens: int = NEW_TOKENS) -> list[int]:
+    """Greedily, in a process of its own that does not know sparamx_onnx; prompt and new tokens."""
+    command = [sys.executable, "-c", GENERATE, str(folder), str(new_tokens), json.dumps(PROMPT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tokens: list[int] = json.loads(done.stdout)
+    assert tokens[: len(PROMPT)] == PROMPT
+    assert len(tokens) == len(PROMPT) + new_tokens
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as onnxruntime-genai's own builder writes it from a checkpoint with random weights."""
+    checkpoint, folder = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("built")
+    model = llama.build(SHAPE)
+    # An end of text that is never chosen, so that nothing ends early.
+    model.config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    model.lm_head.weight.data[2] = 0
+    model.save_pretrained(checkpoint)
+    letters = {letter: index + 3 for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, merges=[]))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(checkpoint)
+    build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", folder]
+    done = subprocess.run(
+        [*build, "-p", "fp32", "-e", "cpu", "-c", str(tmp_path_factory.mktemp("cache"))],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def dense_logits(folder: Path, tokens: list[int]) -> np.ndarray:
+    """The original model's logits [tokens, vocab] for a text, by ONNX Runtime alone."""
+    session = sparamx_onnx.InferenceSession(folder / "model.onnx")
+    empty = np.zeros((1, SHAPE.kv_heads, 0, SHAPE.head_size), np.float32)
+    inputs = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
+    inputs["input_ids"] = np.array([tokens], np.int64)
+    inputs["attention_mask"] = np.ones((1, len(tokens)), np.int64)
+    logits: np.ndarray = session.run(["logits"], inputs)[0][0]
+    return logits
+
+
+@pytest.mark.parametrize("attention", ["keep", "fast"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_converted_folder_generates_the_dense_model_s_tokens(
+    built: Path, tmp_path: Path, weights: str, attention: str
+) -> None:
+    output = tmp_path / "converted"
+    plan = sparamx_onnx.convert(built, output, weights=weights, attention=attention).plan
+    assert len(plan.converted) == 5 * SHAPE.layers + 1  # query, key and value are one
+    operators = [node.op_type for node in onnx.load(output / "model.onnx", load_external_data=False).graph.node]
+    assert operators.count("SparseAMXAttention") == (SHAPE.layers if attention == "fast" else 0)
+    tokens = generate(output)
+    logits = dense_logits(built, tokens)
+    # Token by token: after a choice between two that are nearly equal, the texts may differ altogether.
+    before = np.arange(len(PROMPT), len(tokens)) - 1
+    chosen, largest = logits[before, tokens[len(PROMPT) :]], logits[before].max(axis=1)
+    assert (largest - chosen).max() <= NEAR[weights] * np.abs(logits).max()
+    assert (chosen == largest).mean() > 0.95
+    assert len(set(tokens)) > 2 * len(PROMPT)
+
+
+def test_the_dense_folder_is_judged_right(built: Path) -> None:
+    tokens = generate(built)
+    logits = dense_logits(built, tokens)
+    assert logits[len(PROMPT) - 1 : -1].argmax(axis=1).tolist() == tokens[len(PROMPT) :]
+
+
+def test_an_export_of_torch_with_a_configuration_of_one_s_own(llama_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for suffix in ("", ".data"):
+        (folder / f"llama.onnx{suffix}").symlink_to(llama_path.with_name(f"llama.onnx{suffix}"))
+    (folder / "genai_config.json").write_text(json.dumps(configuration()))
+    converted = sparamx_onnx.convert(folder, method="keep", weights="fp32")
+    length = 24
+    tokens = generate(Path(converted.output or ""), length)
+    assert tokens == greedy(llama_path, len(tokens))
+    assert len(set(tokens)) > len(PROMPT)
+
+
 def configuration() -> dict[str, object]:
     decoder = {
-        # It looks for the library in the model's folder.
-        "session_options": {"custom_ops_library": "libsparamx_onnx.so"},
-        "filename": "model.onnx",
+        "filename": "llama.onnx",
         "head_size": TINY.head_size,
         "hidden_size": TINY.hidden,
         "num_attention_heads": TINY.heads,
@@ -61,31 +153,14 @@ def configuration() -> dict[str, object]:
     return {"model": model, "search": {"past_present_share_buffer": False}}
 
 
-@pytest.fixture
-def folder(llama_path: Path, tmp_path: Path) -> Path:
-    sparamx_onnx.convert(llama_path, tmp_path / "model.onnx", method="keep", weights="fp32")
-    shutil.copy(sparamx_onnx.get_library_path(), tmp_path / "libsparamx_onnx.so")
-    (tmp_path / "genai_config.json").write_text(json.dumps(configuration()))
-    return tmp_path
-
-
-def greedy(model: Path) -> list[int]:
+def greedy(model: Path, length: int) -> list[int]:
     """The most likely next token again and again, by ONNX Runtime alone."""
     session = sparamx_onnx.InferenceSession(model)
     tokens = list(PROMPT)
     inputs = llama.feeds(TINY, batch=1, sequence=1, past=0)
-    while len(tokens) < LENGTH:
+    while len(tokens) < length:
         inputs["input_ids"] = np.array([tokens], np.int64)
         inputs["attention_mask"] = np.ones((1, len(tokens)), np.int64)
         inputs["position_ids"] = np.arange(len(tokens), dtype=np.int64)[None]
         tokens.append(int(session.run(["logits"], inputs)[0][0, -1].argmax()))
     return tokens
-
-
-def test_it_generates_what_the_original_model_would(llama_path: Path, folder: Path) -> None:
-    command = [sys.executable, "-c", GENERATE, str(folder), str(LENGTH), json.dumps(PROMPT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    tokens = json.loads(done.stdout)
-    assert tokens == greedy(llama_path)
-    assert len(set(tokens)) > len(PROMPT)
