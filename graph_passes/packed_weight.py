@@ -14,7 +14,7 @@ from sparamx_onnx.graph_passes.fold_constants import FoldedConstant
 from sparamx_onnx.graph_passes.kept_codes import KeptCodes
 from sparamx_onnx.ops import packing
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.ops.packing import Blob, Form, PackedInfo, PackOptions
+from sparamx_onnx.ops.packing import Blob, Form, PackedInfo, PackOptions, WeightType
 
 Pruner = Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]
 
@@ -103,6 +103,8 @@ class PackedWeight(PackedTensor):
         self._prune = prune
         self._codes = codes
         self._observers: list[Callable[[PackedInfo], None]] = []
+        self.source_nnz: int | None = None
+        """Weights that are not zero before pruning; None until it has been packed."""
 
     @property
     def sources(self) -> tuple[FoldedConstant, ...]:
@@ -134,7 +136,9 @@ class PackedWeight(PackedTensor):
         Raises:
             SparamxError: The weight cannot be read or packed.
         """
-        dense = self.dense()
+        source = self.source()
+        self.source_nnz = packing.count_nonzero(source, WeightType.FP32)
+        dense = source if self._prune is None else self._prune(source)
         try:
             blob = packing.pack(dense, dataclasses.replace(self.options, form=form), self._scales())
         except SparamxError as error:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Final
 
@@ -19,11 +18,12 @@ from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings, FuseSiblingsPa
 from sparamx_onnx.graph_passes.inline_functions import inline_functions
 from sparamx_onnx.graph_passes.kept_codes import KeptCodes, kept_codes
 from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayer, LinearLayerFinder
-from sparamx_onnx.graph_passes.packed_weight import PackedWeight, Pruner
+from sparamx_onnx.graph_passes.measure import QUANTIZED, Progress, measure, prune_by_magnitude
+from sparamx_onnx.graph_passes.packed_weight import Pruner
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruner, CalibratedPruning
-from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, spared_because, zeros_wanted
-from sparamx_onnx.graph_passes.prune_pattern import Pattern, prune_to_pattern
+from sparamx_onnx.graph_passes.prune_magnitude import spared_because, zeros_wanted
+from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.graph_passes.rewrite_attention import RewriteAttentionPass
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
 from sparamx_onnx.graph_passes.routers import chooses_experts
@@ -32,17 +32,10 @@ from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import (
     DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
-    Form,
     PackOptions,
     ScaleType,
     WeightType,
-    count_nonzero,
-    describe,
-    expected_size,
 )
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in total."""
 
 VERSION_KEY: Final = "sparamx.version"
 """Key of the model's metadata under which the converter's version stands."""
@@ -54,8 +47,6 @@ KEPT_KEY: Final = "kept"
 """Key of the options there, if quantized weights have kept their codes: the types of these."""
 
 DEFAULT_SPARSITY: Final = 0.5
-
-_QUANTIZED: Final = (WeightType.INT8, WeightType.INT4)
 
 # What --only-if-faster asks for. A product with few activations takes as long as its weights take to be read; a gain
 # below a tenth drowns in the difference between two runs.
@@ -80,6 +71,14 @@ class Allocation(StrEnum):
 
 
 _CALIBRATED: Final = (Method.WANDA, Method.SPARSEGPT)
+
+
+class Reading(Enum):
+    """How much of the weights is read before they are packed."""
+
+    NOTHING = auto()
+    SAMPLES = auto()
+    ALL = auto()
 
 
 class AttentionMode(StrEnum):
@@ -266,16 +265,18 @@ class ConvertOptions:
         }
 
 
-def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = None, *, measure: bool = True) -> Plan:
+def run(
+    model: ir.Model, options: ConvertOptions, progress: Progress | None = None, *, reading: Reading = Reading.ALL
+) -> Plan:
     """Rewrites a model in place. No weight is packed yet: ``write.save`` does that, and completes the plan.
 
     Args:
         model: The model; external tensors stay on disk.
         options: What to convert, and how.
         progress: Called while weights are measured.
-        measure: Read the weights that are to be converted, one at a time, so that the plan tells their non-zeros and
-            sizes. Without it these are None until the model is saved (which is all that a conversion needs), except
-            where pruning determines them or ``only_if_faster`` needs them.
+        reading: How much of the weights to read, so that the plan tells their non-zeros and sizes. With ``NOTHING``
+            these are None until the model is saved (which is all that a conversion needs). ``only_if_faster`` reads
+            all of them.
 
     Returns:
         The plan: every MatMul, Gemm and relative, and every attention operator, with what happens to it and why.
@@ -288,8 +289,9 @@ def run(model: ir.Model, options: ConvertOptions, progress: Progress | None = No
     found = list(LinearLayerFinder(model).find())
     plan = Plan([node.plan for node in found], options.to_json())
     chosen = list(_choose(found, options))
-    if measure or options.only_if_faster:
-        _measure(chosen, options, progress)
+    if reading is not Reading.NOTHING or options.only_if_faster:
+        sampled = reading is Reading.SAMPLES and not options.only_if_faster
+        measure(chosen, options.target_sparsity or 0.0, options.pattern, progress, sampled=sampled)
     if options.only_if_faster:
         chosen = [candidate for candidate in chosen if _is_faster(candidate.plan)]
     RewriteMatMulPass(chosen)(model)
@@ -407,11 +409,9 @@ def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]
 
 
 def _pruner(options: ConvertOptions, sparsity: float) -> Pruner:
-    if options.prunes_by_calibration:
-        return CalibratedPruner(sparsity)
-    if options.pattern is not None:
-        return functools.partial(prune_to_pattern, pattern=options.pattern)
-    return functools.partial(prune_magnitude, sparsity=sparsity)
+    return (
+        CalibratedPruner(sparsity) if options.prunes_by_calibration else prune_by_magnitude(sparsity, options.pattern)
+    )
 
 
 def _codes_to_keep(layer: LinearLayer, options: ConvertOptions) -> KeptCodes | NotConstant | None:
@@ -421,9 +421,9 @@ def _codes_to_keep(layer: LinearLayer, options: ConvertOptions) -> KeptCodes | N
     converted only if a type is asked for.
     """
     type_is_open = options.weights is None
-    if layer.static and (type_is_open or options.weights in _QUANTIZED):
+    if layer.static and (type_is_open or options.weights in QUANTIZED):
         return NotConstant(Reason.STATIC_ACTIVATIONS)
-    if not layer.weight.is_quantized or not (type_is_open or options.weights in _QUANTIZED):
+    if not layer.weight.is_quantized or not (type_is_open or options.weights in QUANTIZED):
         return None
     codes = kept_codes(layer.weight, layer.scale)
     if isinstance(codes, KeptCodes):
@@ -442,56 +442,6 @@ def _leave_alone(plan: NodePlan, reason: Reason, detail: str = "") -> None:
     plan.bias, plan.epilogue, plan.absorbed = False, "none", ()
     plan.weight_type, plan.group_size, plan.pruned, plan.prune_note = None, None, False, ""
     plan.keeps_codes = False
-
-
-def _measure(chosen: list[Chosen], options: ConvertOptions, progress: Progress | None) -> None:
-    """Fills in how many non-zeros the layers have and how large they become; reads each weight once."""
-    known: dict[object, tuple[int, int, Form]] = {}
-    total = sum({c.weight_key: _bytes_to_read(c) for c in chosen}.values())
-    done = 0
-    for candidate in chosen:
-        key = candidate.weight_key
-        if key not in known:
-            known[key] = _size(candidate, options)
-            done += _bytes_to_read(candidate)
-            if progress is not None and total:
-                progress(done, total)
-        plan = candidate.plan
-        plan.nnz, plan.bytes_after, form = known[key]
-        if form is Form.DENSE:
-            plan.action, plan.reason = Action.PACKED_DENSE, Reason.PACKED_DENSE
-
-
-def _bytes_to_read(chosen: Chosen) -> int:
-    is_read = chosen.prune is None or chosen.options.weight_type in _QUANTIZED
-    return chosen.layer.weight.tensor.nbytes if is_read else 0
-
-
-def _size(chosen: Chosen, options: ConvertOptions) -> tuple[int, int, Form]:
-    """Non-zeros, bytes and form of a packed weight."""
-    if isinstance(chosen.prune, CalibratedPruner):
-        # What it will leave is not known yet; as many zeros elsewhere take nearly as many bytes.
-        stand_in = replace(options, method=Method.MAGNITUDE, calibrated=False, allocation=Allocation.UNIFORM)
-        chosen = replace(chosen, prune=_pruner(stand_in, chosen.prune.sparsity))
-    weight_type = chosen.options.weight_type
-    if weight_type in _QUANTIZED:
-        # Which weights round to zero depends on the scales, so on all others: there is nothing cheaper than packing.
-        info = describe(chosen.packed_weight(chosen.layer.weight.name).pack())
-        return info.nnz, info.blob_bytes, info.form
-    nnz = _count_nonzero(chosen, options)
-    return nnz, *expected_size(chosen.layer.k, chosen.layer.n, nnz, weight_type)
-
-
-def _count_nonzero(chosen: Chosen, options: ConvertOptions) -> int:
-    """Weights that are not zero in the type they are packed in; where they are pruned, at most so many."""
-    layer = chosen.layer
-    if chosen.prune is not None:
-        size = layer.k * layer.n
-        if options.pattern is not None:
-            return size - options.pattern.zeros(layer.k, layer.n)
-        return size - zeros_wanted(size, options.target_sparsity or 0.0)
-    source = PackedWeight("", layer.weight, chosen.options, scale=layer.scale).source()
-    return count_nonzero(source, chosen.options.weight_type)
 
 
 def _is_faster(plan: NodePlan) -> bool:

@@ -109,7 +109,9 @@ class NodePlan:
         group_size: Weights along K that share a scale; None for types other than int4.
         k: Rows of the weight (the node's inputs), None if unknown.
         n: Columns of the weight (the node's outputs), None if unknown.
+        nnz_before: Weights of the input model that are not zero; None until the weight has been read.
         nnz: Packed weights that are not zero; before writing a pruned model, what pruning will leave at most.
+        estimated: Whether non-zeros and packed size are those of a sample, enlarged.
         bytes_before: Size of the weight in the input model.
         bytes_after: Size of the packed weight; of a fused layer, of its own part, as it would be alone.
         bias: Whether a bias is computed in the node, its own or an absorbed Add.
@@ -138,7 +140,9 @@ class NodePlan:
     group_size: int | None = None
     k: int | None = None
     n: int | None = None
+    nnz_before: int | None = None
     nnz: int | None = None
+    estimated: bool = False
     bytes_before: int | None = None
     bytes_after: int | None = None
     bias: bool = False
@@ -153,10 +157,16 @@ class NodePlan:
 
     @property
     def sparsity(self) -> float | None:
-        """The share of zeros in the weight, from 0 to 1; None while it is unknown."""
-        if self.nnz is None or not self.k or not self.n:
-            return None
-        return 1.0 - self.nnz / (self.k * self.n)
+        """The share of zeros in the packed weight, from 0 to 1; None while it is unknown."""
+        return self._share_of_zeros(self.nnz)
+
+    @property
+    def sparsity_before(self) -> float | None:
+        """The share of zeros in the weight of the input model, from 0 to 1; None while it is unknown."""
+        return self._share_of_zeros(self.nnz_before)
+
+    def _share_of_zeros(self, nnz: int | None) -> float | None:
+        return 1.0 - nnz / (self.k * self.n) if nnz is not None and self.k and self.n else None
 
     @property
     def text(self) -> str:
@@ -181,7 +191,9 @@ class NodePlan:
             "k": self.k,
             "n": self.n,
             "nnz": self.nnz,
+            "sparsity_before": self.sparsity_before,
             "sparsity": self.sparsity,
+            "estimated": self.estimated,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "bias": self.bias,
@@ -223,6 +235,11 @@ class Plan:
     def changes(self) -> bool:
         """Whether anything is converted."""
         return bool(self.converted or self.converted_attention)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether layers were pruned by calibration, so that they have errors."""
+        return any(node.error is not None for node in self.nodes)
 
     @property
     def left_alone(self) -> list[NodePlan]:

@@ -99,7 +99,7 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
                 packed[chosen.weight_key] = weight
                 holders[place] = _add_packed_weight(model, chosen.layer.node.graph, name, weight)
             assert weight is not None
-            weight.when_packed(_record_in(chosen.plan))
+            weight.when_packed(_record_in(chosen.plan, weight))
             chosen.plan.packed = holders[place].name
             chosen.plan.shared = weight.name
             candidates.extend(_replace(model, chosen.layer, holders[place], names, replaced))
@@ -118,8 +118,9 @@ def _add_packed_weight(model: ir.Model, graph: object, name: str, weight: Packed
     return value
 
 
-def _record_in(plan: NodePlan) -> Callable[[PackedInfo], None]:
+def _record_in(plan: NodePlan, weight: PackedWeight) -> Callable[[PackedInfo], None]:
     def record(info: PackedInfo) -> None:
+        plan.nnz_before = weight.source_nnz
         plan.nnz = info.nnz
         plan.bytes_after = info.blob_bytes
         plan.action = Action.PACKED_DENSE if info.form is Form.DENSE else Action.CONVERTED

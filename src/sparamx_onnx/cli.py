@@ -230,8 +230,13 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     help="fast: replace GroupQueryAttention and MultiHeadAttention by an operator that computes the same and reads each"
     " key and value once.",
 )
+@click.option(
+    "--report",
+    metavar="FILE.html",
+    help="Write a page with the sizes, zeros and errors of every layer, and what was left alone and why.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Replace the output and the report if they exist.")
 @_json_option
 def convert(
     model: str,
@@ -248,6 +253,7 @@ def convert(
     exclude: tuple[str, ...],
     fuse_siblings: str,
     attention: str,
+    report: str | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -283,6 +289,7 @@ def convert(
             exclude=exclude,
             fuse_siblings=fuse_siblings,
             attention=attention,
+            report=report,
             force=force,
             dry_run=dry_run,
             progress=progress,

@@ -16,9 +16,11 @@ from sparamx_onnx.graph_passes import pipeline, write
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
+from sparamx_onnx.html_report import report_page
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.packing import ScaleType, WeightType
-from sparamx_onnx.output import FileOutput, data_path, staging, write_error
+from sparamx_onnx.output import FileOutput, check_report, data_path, staging, write_error, write_text
+from sparamx_onnx.prediction import Prediction, predict
 from sparamx_onnx.progress import Report, byte_report
 
 
@@ -36,6 +38,8 @@ class ConversionResult:
         already_converted: Whether there is nothing to convert because it has been done.
         bytes_before: Size of the input: the model file and its external data.
         bytes_after: Size of what was written; None if nothing was.
+        prediction: In a dry run, how fast the model will be at one row on this machine.
+        report: Path of the page that was written about it, or None.
         seconds: Time that it took.
         plan: What happened to every MatMul, Gemm and relative, and why.
         kernels: For every type of packed weights, what runs them on this CPU: by M from which on, the kernel.
@@ -49,6 +53,8 @@ class ConversionResult:
     already_converted: bool
     bytes_before: int
     bytes_after: int | None
+    prediction: Prediction | None
+    report: str | None
     seconds: float
     plan: Plan
     kernels: Mapping[str, Mapping[str, str]]
@@ -56,6 +62,7 @@ class ConversionResult:
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "plan"}
+        values["prediction"] = None if self.prediction is None else self.prediction.to_dict()
         return {**values, **self.plan.to_json()}
 
 
@@ -75,6 +82,7 @@ def convert(
     exclude: Iterable[str] = (),
     fuse_siblings: str = "auto",
     attention: str = "keep",
+    report: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Report | None = None,
@@ -109,8 +117,10 @@ def convert(
         fuse_siblings: Whether layers with the same input, such as query, key and value, become one operator: ``auto``
             where that is faster, ``always`` or ``never``.
         attention: ``fast`` replaces attention operators over a float cache (docs/attention.md); ``keep`` leaves them.
-        force: Replace the output if it exists.
-        dry_run: Plan, measure, and write nothing.
+        report: An HTML file to write about the conversion: sizes, zeros and errors of every layer, and what was left
+            alone and why. It is also written in a dry run, and where there is nothing to convert.
+        force: Replace the output and the report if they exist.
+        dry_run: Plan, predict sizes (from samples of large weights) and speed, and write nothing but the report.
         progress: Called with (done, total, what is going on).
 
     Raises:
@@ -137,8 +147,12 @@ def convert(
     loaded = load_model(model)
     if not dry_run:
         destination.check(loaded, force=force)
+    if report is not None:
+        files = (loaded.path, *loaded.data_files, destination.model, data_path(destination.model))
+        check_report(Path(report), others=files, force=force)
     runs = None if calibration is None else read_calibration(calibration, loaded.model)
-    plan = pipeline.run(loaded.model, options, byte_report(progress, "reading weights"), measure=dry_run)
+    reading = pipeline.Reading.SAMPLES if dry_run else pipeline.Reading.NOTHING
+    plan = pipeline.run(loaded.model, options, byte_report(progress, "reading weights"), reading=reading)
     saved = None
     if plan.changes and not dry_run:
         with staging(destination.target) as folder:
@@ -151,7 +165,7 @@ def convert(
                 destination.commit(folder, loaded)
             except OSError as error:
                 raise write_error(destination.target, error) from error
-    return ConversionResult(
+    result = ConversionResult(
         model=os.fspath(model),
         output=os.fspath(destination.target) if plan.changes else None,
         data=os.fspath(data_path(destination.model)) if plan.changes and (saved is None or saved.data_bytes) else None,
@@ -160,10 +174,15 @@ def convert(
         already_converted=not plan.changes and any(node.reason is Reason.ALREADY_CONVERTED for node in plan),
         bytes_before=loaded.bytes_on_disk,
         bytes_after=None if saved is None else saved.model_bytes + saved.data_bytes,
+        prediction=predict(plan) if dry_run else None,
+        report=None if report is None else os.fspath(report),
         seconds=time.monotonic() - start,
         plan=plan,
         kernels=kernels_here(plan),
     )
+    if report is not None:
+        write_text(Path(report), report_page(result))
+    return result
 
 
 def _destination(source: Path, output: Path | None) -> FileOutput | FolderOutput:

@@ -82,6 +82,42 @@ def check_destination(output: Path, *, inputs: tuple[Path, ...], force: bool) ->
             raise SparamxError(f"{path}: is not a regular file")
 
 
+def check_report(path: Path, *, others: tuple[Path, ...], force: bool) -> None:
+    """Refuses a page that cannot be written or would destroy something, before any work is done.
+
+    Args:
+        path: The page to write.
+        others: Files that are being read or will be written.
+        force: Whether an existing file may be replaced.
+
+    Raises:
+        SparamxError: Says what is wrong.
+    """
+    if path.is_dir() or not path.name:
+        raise SparamxError(f"{path}: is a folder; name a file to write the report to")
+    if not path.parent.is_dir():
+        raise SparamxError(f"{path}: cannot be written: {path.parent} does not exist or is no folder")
+    if path.resolve() in {other.resolve() for other in others}:
+        raise SparamxError(f"{path}: is a file of the model; choose another report")
+    if not force and (path.exists() or path.is_symlink()):
+        raise SparamxError(f"{path}: exists already; use --force (force=True) to replace it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all, in the place of what is there.
+
+    Raises:
+        SparamxError: It cannot be written.
+    """
+    with staging(path) as folder:
+        try:
+            # A path may hold bytes that are no text.
+            (folder / path.name).write_text(text, encoding="utf-8", errors="replace")
+            (folder / path.name).replace(path)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
     """A folder on the destination's file system to write in; it is gone afterwards, with everything left in it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparamx_onnx.benchmark import Benchmark
@@ -33,12 +33,12 @@ def conversion_text(result: ConversionResult) -> str:
     plan = result.plan
     if not plan.changes:
         what = "is converted already" if result.already_converted else "has no linear layer to convert"
-        return _paragraphs(*_left_alone(plan), f"{result.model} {what}; nothing was written.")
+        return _paragraphs(*_left_alone(plan), f"{result.model} {what}; nothing was written.{_report(result)}")
     what = _both(plan)
     weights = f"weights {size(plan.bytes_before)} -> {size(plan.bytes_after)}" if plan.converted else ""
     if not result.written:
         last = (
-            f"{what} would be converted{weights and f': {weights}'}."
+            f"{what} would be converted{weights and f': {weights}'}.{_predicted(result)}"
             f"\nThis was a dry run: {result.output} was not written."
         )
     else:
@@ -48,7 +48,15 @@ def conversion_text(result: ConversionResult) -> str:
             f"\nWrote {_written(result)} in {duration(result.seconds)}."
         )
     layers = [_layers(plan.converted)] if plan.converted else []
-    return _paragraphs(*layers, *_left_alone(plan), last + _on_this_cpu(result.kernels))
+    return _paragraphs(*layers, *_left_alone(plan), last + _report(result) + _on_this_cpu(result.kernels))
+
+
+def _predicted(result: ConversionResult) -> str:
+    return "" if result.prediction is None else f"\n{result.prediction.text}"
+
+
+def _report(result: ConversionResult) -> str:
+    return f"\nReport: {result.report}." if result.report else ""
 
 
 def _written(result: ConversionResult) -> str:
@@ -196,19 +204,28 @@ def _on_this_cpu(kernels: Mapping[str, Mapping[str, str]]) -> str:
     return f"\nKernels on this CPU: {_kernels(kernels)}." if kernels else ""
 
 
-def _layers(nodes: Iterable[NodePlan]) -> str:
+def _layers(nodes: Sequence[NodePlan]) -> str:
     rows = [
         [
             node.scope or node.node or node.weight or "?",
             "-" if node.k is None else f"{node.k} x {node.n}",
-            percent(node.sparsity),
+            _about(node) + percent(node.sparsity),
             size(node.bytes_before),
-            size(node.bytes_after),
+            _about(node) + size(node.bytes_after),
             _packed(node),
         ]
         for node in nodes
     ]
-    return render(_LAYERS, rows)
+    if all(node.error is None for node in nodes):
+        return render(_LAYERS, rows)
+    errors = ["-" if node.error is None else f"{node.error:.4f}" for node in nodes]
+    return render(
+        (*_LAYERS, Column("error", right=True)), [[*row, error] for row, error in zip(rows, errors, strict=True)]
+    )
+
+
+def _about(node: NodePlan) -> str:
+    return "~" if node.estimated else ""
 
 
 def _packed(node: NodePlan) -> str:

@@ -46,7 +46,7 @@ def _chain(make_model, weights: dict[str, np.ndarray]) -> onnx.ModelProto:
 def _rewritten(proto: onnx.ModelProto, **options: object) -> tuple[ir.Model, pipeline.Plan, ConvertOptions]:
     model = ir.from_proto(onnx.ModelProto.FromString(proto.SerializeToString()))
     chosen = ConvertOptions(**{"weights": "fp32", "calibrated": True, **options})  # type: ignore[arg-type]
-    return model, pipeline.run(model, chosen, measure=False), chosen
+    return model, pipeline.run(model, chosen, reading=pipeline.Reading.NOTHING), chosen
 
 
 def _seen(proto: onnx.ModelProto, runs: list[dict[str, np.ndarray]], folder: Path) -> dict[str, list[np.ndarray]]:
@@ -147,7 +147,7 @@ def test_old_models_and_external_weights(make_model, workbench, tmp_path) -> Non
     )
     assert set(_seen(old, _runs(), folder)) == {"x", "s0", "s1"}
     model = ir.load(workbench.save_external(proto))
-    pipeline.run(model, ConvertOptions(weights="fp32", calibrated=True), measure=False)
+    pipeline.run(model, ConvertOptions(weights="fp32", calibrated=True), reading=pipeline.Reading.NOTHING)
     shapes = []
     calibrate(
         model,

@@ -33,7 +33,7 @@ def _runs(count: int = 4) -> list[dict[str, np.ndarray]]:
 def _rewritten(proto: onnx.ModelProto, **options: object) -> tuple[ir.Model, pipeline.Plan, ConvertOptions]:
     model = ir.from_proto(onnx.ModelProto.FromString(proto.SerializeToString()))
     chosen = ConvertOptions(**{"weights": "fp32", "calibrated": True, **options})  # type: ignore[arg-type]
-    return model, pipeline.run(model, chosen, measure=False), chosen
+    return model, pipeline.run(model, chosen, reading=pipeline.Reading.NOTHING), chosen
 
 
 def test_curves() -> None:
