@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     __version__: str
     from sparamx_onnx.benchmark import bench as bench
     from sparamx_onnx.conversion import convert as convert
+    from sparamx_onnx.decoder import DecoderSession as DecoderSession
     from sparamx_onnx.inspection import inspect as inspect
     from sparamx_onnx.ops.errors import SparamxError as SparamxError
     from sparamx_onnx.ops.library import get_library_path as get_library_path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sparamx_onnx.verification import verify as verify
 
 _HOMES = {
+    "DecoderSession": "sparamx_onnx.decoder",
     "InferenceSession": "sparamx_onnx.session",
     "SparamxError": "sparamx_onnx.ops.errors",
     "bench": "sparamx_onnx.benchmark",
@@ -35,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DecoderSession",
     "InferenceSession",
     "SparamxError",
     "__version__",

@@ -1,0 +1,241 @@
+"""DecoderSession over a decoder of one layer with ONNX Runtime's operator, and with ours in its place."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import sparamx_onnx
+from sparamx_onnx import DecoderSession, SparamxError
+
+VOCAB, HEADS, KV_HEADS, SIZE = 50, 4, 2, 16
+WIDTH = HEADS * SIZE
+CAPACITY = 40
+
+
+def one_layer(**changes: str) -> onnx.ModelProto:
+    """As onnxruntime-genai's builder writes decoders: lengths from the mask, QKV in one, rotation in the operator."""
+    rng = np.random.default_rng(0)
+    angles = np.arange(CAPACITY)[:, None] * 100.0 ** -np.linspace(0, 1, SIZE // 2)
+    constants = {
+        "embedding": rng.standard_normal((VOCAB, WIDTH)),
+        "qkv": rng.standard_normal((WIDTH, WIDTH + 2 * KV_HEADS * SIZE)) / 4,
+        "head": rng.standard_normal((WIDTH, VOCAB)),
+        "cos": np.cos(angles),
+        "sin": np.sin(angles),
+    }
+    initializers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
+    initializers.append(numpy_helper.from_array(np.array([1]), "one"))
+    initializers.append(numpy_helper.from_array(np.array(1), "index"))
+    attention = helper.make_node(
+        "GroupQueryAttention",
+        ["row", "", "", "past_key_values.0.key", "past_key_values.0.value", "seqlens", "total", "cos", "sin"],
+        ["attention", "present.0.key", "present.0.value"],
+        domain="com.microsoft",
+        num_heads=HEADS,
+        kv_num_heads=KV_HEADS,
+        do_rotary=1,
+    )
+    nodes = [
+        helper.make_node("ReduceSum", ["attention_mask", "one"], ["sums"], keepdims=0),
+        helper.make_node("Sub", ["sums", "one"], ["lasts"]),
+        helper.make_node("Cast", ["lasts"], ["seqlens"], to=TensorProto.INT32),
+        helper.make_node("Shape", ["attention_mask"], ["mask_shape"]),
+        helper.make_node("Gather", ["mask_shape", "index"], ["columns"]),
+        helper.make_node("Cast", ["columns"], ["total"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["embedding", "input_ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "qkv"], ["row"]),
+        attention,
+        helper.make_node("Add", ["attention", "x"], ["y"]),
+        helper.make_node("MatMul", ["y", "head"], ["logits"]),
+    ]
+    cache = [
+        helper.make_tensor_value_info(f"{kind}.0.{part}", TensorProto.FLOAT, ["batch", KV_HEADS, length, SIZE])
+        for kind, length in (("past_key_values", "past"), ("present", "all"))
+        for part in ("key", "value")
+    ]
+    tokens = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])
+    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", VOCAB])
+    graph = helper.make_graph(nodes, "decoder", [tokens, mask, *cache[:2]], [logits, *cache[2:]], initializers)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    for value in [*model.graph.input, *model.graph.output]:
+        value.name = changes.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [changes.get(name, name) for name in node.input]
+        node.output[:] = [changes.get(name, name) for name in node.output]
+    return model
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("decoders")
+    onnx.save(one_layer(), folder / "dense.onnx")
+    sparamx_onnx.convert(folder / "dense.onnx", folder / "fast.onnx", method="keep", weights="fp32", attention="fast")
+    return {"dense": folder / "dense.onnx", "fast": folder / "fast.onnx"}
+
+
+@pytest.fixture(params=["dense", "fast"])
+def decoder(request: pytest.FixtureRequest, paths: dict[str, Path]) -> DecoderSession:
+    return DecoderSession(paths[request.param], capacity=CAPACITY)
+
+
+def tokens(batch: int, count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, (batch, count))
+
+
+def same(result: np.ndarray, expected: np.ndarray) -> bool:
+    return result.shape == expected.shape and float(np.abs(result - expected).max() / np.abs(expected).max()) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefill_and_steps_equal_one_pass(decoder: DecoderSession, batch: int) -> None:
+    text = tokens(batch, CAPACITY)
+    expected = decoder.append(text)
+    assert expected.shape == (batch, CAPACITY, VOCAB)
+    assert expected.dtype == np.float32
+    assert same(decoder.prefill(text[:, :11]), expected[:, 10])
+    for position in range(11, CAPACITY):
+        assert same(decoder.step(text[:, position]), expected[:, position]), position
+    assert decoder.lengths.tolist() == [CAPACITY] * batch
+
+
+def test_converted_and_original_give_the_same(paths: dict[str, Path]) -> None:
+    text = tokens(2, 30)
+    dense, fast = (DecoderSession(paths[name], capacity=CAPACITY) for name in ("dense", "fast"))
+    for part in np.split(text, [17, 18, 19], axis=1)[:3]:
+        assert same(fast.append(part), dense.append(part))
+
+
+def test_rows_of_different_length_do_not_see_each_other(decoder: DecoderSession) -> None:
+    text = tokens(3, 30)
+    prompts = [text[row, :count].tolist() for row, count in enumerate((4, 20, 1))]
+    alone = []
+    for row, prompt in enumerate(prompts):
+        logits = [decoder.prefill([prompt])]
+        logits += [decoder.step(text[row, 20 + step : 21 + step]) for step in range(5)]
+        alone.append(np.concatenate(logits))
+    together = [decoder.prefill(prompts)] + [decoder.step(text[:, 20 + step]) for step in range(5)]
+    assert decoder.lengths.tolist() == [9, 25, 6]
+    for row, expected in enumerate(alone):
+        assert same(np.stack(together)[:, row], expected), row
+
+
+def test_past_and_present_are_one_buffer_that_stays_where_it_is(decoder: DecoderSession) -> None:
+    assert decoder.shares_buffers
+    decoder.prefill(tokens(2, 5))
+    places = {name: buffer.data_ptr() for name, buffer in decoder._buffers.items()}
+    assert all(place % 64 == 0 for place in places.values())
+    before = {name: buffer.numpy()[:, :, :5] for name, buffer in decoder._buffers.items()}
+    decoder.step([1, 2])
+    for name, buffer in decoder._buffers.items():
+        content = buffer.numpy()
+        assert buffer.data_ptr() == places[name]
+        assert np.array_equal(content[:, :, :5], before[name])
+        assert np.abs(content[:, :, 5]).max() > 0
+        assert not content[:, :, 6:].any()
+    assert decoder.cache_bytes == 2 * 2 * KV_HEADS * CAPACITY * SIZE * 4
+
+
+def test_another_batch_gets_a_cache_of_its_own_size(decoder: DecoderSession) -> None:
+    text = tokens(3, 6)
+    expected = decoder.append(text)
+    decoder.reset()
+    assert (decoder.batch, decoder.lengths.tolist()) == (0, [])
+    assert same(decoder.append(text[:1]), expected[:1])
+    decoder.reset()
+    assert same(decoder.append(text), expected)
+
+
+def test_generate_takes_the_most_likely_token(decoder: DecoderSession) -> None:
+    prompt = tokens(1, 5)[0].tolist()
+    expected = list(prompt)
+    for _ in range(12):
+        decoder.reset()
+        expected.append(int(decoder.append([expected])[0, -1].argmax()))
+    assert decoder.generate([prompt], 12) == [expected[5:]]
+    assert decoder.generate([prompt], 12, temperature=0.7, top_k=1) == [expected[5:]]
+    other = [7, 7]
+    both = decoder.generate([other, prompt], 12)
+    assert both == [decoder.generate([other], 12)[0], expected[5:]]
+    stop = expected[8]
+    assert decoder.generate([prompt], 12, stop=[stop]) == [expected[5 : expected.index(stop, 5)]]
+    assert decoder.generate([prompt], 0) == [[]]
+
+
+def test_draws_follow_the_seed_and_the_logits(decoder: DecoderSession) -> None:
+    prompt = tokens(1, 5)[0].tolist()
+    options = {"temperature": 2.0, "top_k": 10}
+    first = decoder.generate([prompt], 20, seed=1, **options)
+    assert first == decoder.generate([prompt], 20, seed=1, **options)
+    assert first != decoder.generate([prompt], 20, seed=2, **options)
+    logits = decoder.prefill([prompt])[0] / 4
+    likely = np.argsort(-logits)[:3]
+    drawn = [decoder.generate([prompt], 1, temperature=4.0, top_k=3, seed=seed)[0][0] for seed in range(400)]
+    shares = [drawn.count(int(token)) / len(drawn) for token in likely]
+    weights = np.exp(logits[likely] - logits[likely].max())
+    assert sum(shares) == 1
+    assert np.abs(np.array(shares) - weights / weights.sum()).max() < 0.1
+
+
+def test_what_does_not_fit_is_refused_and_leaves_the_cache_as_it_was(decoder: DecoderSession) -> None:
+    text = tokens(2, CAPACITY)
+    expected = decoder.append(text[:, :30])[:, 29]
+    assert expected.shape == (2, VOCAB)
+    decoder.prefill(text[:, :29])
+    with pytest.raises(SparamxError, match="29 tokens and 12 more are above the capacity of 40"):
+        decoder.append(tokens(2, 12))
+    with pytest.raises(SparamxError, match="the cache holds 2 rows, and there are tokens for 3"):
+        decoder.step([1, 2, 3])
+    with pytest.raises(SparamxError, match="ONNX Runtime cannot run this decoder"):
+        decoder.step([1, VOCAB])
+    with pytest.raises(SparamxError, match=r"shape \[batch, tokens\]"):
+        decoder.append(np.zeros((2, 0), int))
+    assert same(decoder.step(text[:, 29]), expected)
+    for prompts in ([], [[1], []]):
+        with pytest.raises(SparamxError, match="at least one token"):
+            decoder.prefill(prompts)
+    with pytest.raises(SparamxError, match="must not be negative"):
+        decoder.generate([[1]], 3, temperature=-1)
+
+
+def test_a_capacity_beyond_the_rotary_table_fails_in_a_sentence(paths: dict[str, Path]) -> None:
+    decoder = DecoderSession(paths["fast"], capacity=2 * CAPACITY)
+    decoder.prefill(tokens(1, CAPACITY))
+    with pytest.raises(SparamxError, match="ONNX Runtime cannot run this decoder"):
+        decoder.step([1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": "tokens"}, "does not know what to give to the input tokens"),
+        ({"logits": "scores"}, "no decoder with a cache"),
+        ({"attention_mask": "mask"}, "does not know what to give to the input mask"),
+    ],
+)
+def test_models_that_it_does_not_understand_are_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    onnx.save(one_layer(**changes), tmp_path / "model.onnx")
+    with pytest.raises(SparamxError, match=message):
+        DecoderSession(tmp_path / "model.onnx")
+
+
+def test_unusable_files_and_capacities_are_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SparamxError, match=r"missing\.onnx"):
+        DecoderSession(tmp_path / "missing.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(paths["dense"].read_bytes()[:900])
+    with pytest.raises(SparamxError, match=r"damaged\.onnx"):
+        DecoderSession(tmp_path / "damaged.onnx")
+    with pytest.raises(SparamxError, match="capacity"):
+        DecoderSession(paths["dense"], capacity=0)
+
+
+def test_options_and_threads_are_those_that_were_asked_for(paths: dict[str, Path]) -> None:
+    options = onnxruntime.SessionOptions()
+    decoder = DecoderSession(paths["fast"], threads=1, session_options=options)
+    assert options.intra_op_num_threads == 1
+    assert decoder.session.get_outputs()[0].name == "logits"
