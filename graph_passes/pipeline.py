@@ -248,8 +248,11 @@ class ConvertOptions:
 
     def to_json(self) -> dict[str, object]:
         """The options that decide about the result, as JSON values."""
+        method = self.method
+        if method is Method.AUTO:
+            method = Method.SPARSEGPT if self.calibrated else Method.KEEP
         return {
-            "method": self.method.value,
+            "method": method.value,
             "sparsity": self.target_sparsity,
             "pattern": None if self.pattern is None else str(self.pattern),
             "allocation": self.allocation.value if self.prunes_by_calibration else None,

@@ -333,6 +333,7 @@ def inspect(model: str, as_json: bool) -> int:
             "sparamx-onnx verify model.onnx model.sparse.onnx --inputs batch.npz --tolerance 0.01",
             "on your own inputs (numpy.savez), with your own tolerance",
         ),
+        ("sparamx-onnx verify model.onnx model.sparse.onnx --layers", "where do the errors come from?"),
     ),
 )
 @click.argument("dense")
@@ -344,8 +345,9 @@ def inspect(model: str, as_json: bool) -> int:
     help="Largest relative error that passes.  [default: 1e-4 for fp32 weights, 2e-2 for bf16,"
     " 0.15 for int8, 0.6 for int4]",
 )
+@click.option("--layers", is_flag=True, help="Also compare the result of every sparse operator, and name the worst.")
 @_json_option
-def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None, as_json: bool) -> int:
+def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None, layers: bool, as_json: bool) -> int:
     """Runs DENSE and SPARSE on the same inputs and compares the outputs.
 
     Per output: relative error (max |difference| / max |reference|), the lowest cosine between vectors, and how often
@@ -354,7 +356,7 @@ def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None,
     from sparamx_onnx.reports import verification_text
     from sparamx_onnx.verification import verify as do_verify
 
-    result = do_verify(dense, sparse, inputs=inputs, tolerance=tolerance)
+    result = do_verify(dense, sparse, inputs=inputs, tolerance=tolerance, layers=layers)
     _print(result, verification_text, as_json)
     return _DONE if result.passed else _FAILED
 

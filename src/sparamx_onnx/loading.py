@@ -65,7 +65,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     proto = _parse(path)
     folders = {_real(path.parent), _real(path).parent}
     sizes: dict[Path, int] = {}
-    for tensor in _tensors_of_model(proto):
+    for tensor in tensors_of(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _resolve_external(path, folders, tensor, sizes)
         else:
@@ -214,7 +214,8 @@ def _dense_bytes(path: Path, tensor: onnx.TensorProto) -> int:
     return (elements * int(bits) + 7) // 8
 
 
-def _tensors_of_model(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def tensors_of(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a model, wherever they stand."""
     yield from _tensors_of_graph(proto.graph)
     for function in proto.functions:
         for node in function.node:

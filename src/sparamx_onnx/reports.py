@@ -131,7 +131,28 @@ def verification_text(result: Verification) -> str:
             f"\n{result.converted} was pruned when it was converted (method {result.pruned}), which changes its outputs"
             " by more than rounding: judge it on your own data."
         )
-    return _paragraphs(render(columns, rows), last)
+    if failed and result.layers is None:
+        last += "\n--layers shows from which layers the errors come."
+    return _paragraphs(_layer_errors(result), render(columns, rows), last)
+
+
+def _layer_errors(result: Verification) -> str:
+    """The errors of the layers, and the worst of them."""
+    if result.layers is None:
+        return ""
+    worst = result.worst_layer
+    if worst is None:
+        return "There is no sparse operator whose inputs and result both models have."
+    columns = (Column("layer", shrinks=True), Column("own error", right=True), Column("error so far", right=True))
+    rows = [[layer.layer, _figure(layer.alone), _figure(layer.so_far)] for layer in result.layers]
+    return (
+        f"{render(columns, rows)}\n\nThe layer with the largest error of its own is {worst.layer}:"
+        f" {_figure(worst.alone)} with the inputs that it has in {result.reference}."
+    )
+
+
+def _figure(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.2e}"
 
 
 def benchmark_text(result: Benchmark) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from sparamx_onnx.comparison import OutputError, compare
 from sparamx_onnx.feeds import Array, check_inputs, is_decoder, plan_feeds, read_npz
 from sparamx_onnx.graph_passes.pipeline import KEPT_KEY
 from sparamx_onnx.inspection import conversion_record
+from sparamx_onnx.layer_errors import LayerError, layer_errors
 from sparamx_onnx.loading import LoadedModel, load_model
 from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.session import first_line, open_quietly
@@ -25,29 +27,6 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "int8": 0.15, "int4": 0.6}
 _UNKNOWN_TOLERANCE = 1e-4
 _GENERATED_RUNS = 3
 _GENERATED_LENGTH = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputError:
-    """How far one output of the second model is from the first one's, the worst over all runs.
-
-    Attributes:
-        name: The output.
-        shape: Its shape in the first run.
-        relative_error: max |difference| / max |reference|; None where shapes or non-finite values differ.
-        cosine: The lowest cosine between corresponding vectors along the last axis; None as above.
-        argmax_agreement: Share of those vectors whose largest element is at the same place; None for vectors of one.
-        problem: What makes the outputs incomparable, or None.
-        within: Whether the error is within the tolerance.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    relative_error: float | None
-    cosine: float | None
-    argmax_agreement: float | None
-    problem: str | None
-    within: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +41,7 @@ class Verification:
         tolerance: Largest relative error that passes.
         pruned: How the second model was pruned when it was converted, or None.
         outputs: One entry per output.
+        layers: The errors of the converted model's layers, in graph order; None where they were not asked for.
     """
 
     reference: str
@@ -71,6 +51,12 @@ class Verification:
     tolerance: float
     pruned: str | None
     outputs: tuple[OutputError, ...]
+    layers: tuple[LayerError, ...] | None = None
+
+    @property
+    def worst_layer(self) -> LayerError | None:
+        """The layer whose own error is largest, one that makes infinite or undefined values before all others."""
+        return max(self.layers or (), key=lambda layer: math.inf if layer.alone is None else layer.alone, default=None)
 
     @property
     def passed(self) -> bool:
@@ -79,7 +65,12 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
-        return {**dataclasses.asdict(self), "passed": self.passed}
+        worst = self.worst_layer
+        return {
+            **dataclasses.asdict(self),
+            "worst_layer": None if worst is None else worst.layer,
+            "passed": self.passed,
+        }
 
 
 def verify(
@@ -88,6 +79,7 @@ def verify(
     *,
     inputs: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     tolerance: float | None = None,
+    layers: bool = False,
 ) -> Verification:
     """Compares a converted model with the model it came from, output by output.
 
@@ -100,6 +92,8 @@ def verify(
             2e-2 for bf16, 0.15 for int8, 0.6 for int4; of several types in one model, the loosest. An error beyond that
             is more than rounding. One within it, of int8 and int4, may still be too much for what the model is for. A
             model that was pruned when it was converted differs by more: that is no rounding error.
+        layers: Also compare the result of every sparse operator, each with the inputs that it has in ``reference`` and
+            with those that it gets. Both models are in memory at once for that.
 
     Raises:
         SparamxError: A model cannot be read or run, or the inputs do not fit.
@@ -112,6 +106,7 @@ def verify(
     if tolerance is None:
         tolerance = max(TOLERANCES.get(name, _UNKNOWN_TOLERANCE) for name in _weight_types(record))
     sessions = [(model.path, model.imports_our_domain) for model in models]
+    of_layers = layer_errors(models[0], models[1], runs) if layers else None
     # One model in memory at a time: a pair of large ones need not fit side by side.
     del models
     expected, actual = (_outputs(path, sparse, runs) for path, sparse in sessions)
@@ -125,66 +120,15 @@ def verify(
         compare(name, [run[name] for run in expected], [run[name] for run in actual], tolerance) for name in names
     )
     pruned = record["method"] if record.get("sparsity") is not None else None
-    return Verification(os.fspath(reference), os.fspath(converted), source, len(runs), tolerance, pruned, outputs)
+    return Verification(
+        os.fspath(reference), os.fspath(converted), source, len(runs), tolerance, pruned, outputs, of_layers
+    )
 
 
 def _weight_types(record: Mapping[str, Any]) -> list[str]:
     """The types of packed weights that a conversion's record names; anybody may have written it."""
     kept = record.get(KEPT_KEY)
     return [str(record.get("weights")), *map(str, kept if isinstance(kept, list) else [])]
-
-
-def compare(name: str, expected: Sequence[Array], actual: Sequence[Array], tolerance: float) -> OutputError:
-    """Compares one output over several runs.
-
-    Args:
-        name: Its name, for the result.
-        expected: The reference, one array per run, any numeric type.
-        actual: The output to judge, one array per run.
-        tolerance: Largest relative error that passes.
-    """
-    shape = expected[0].shape
-    errors, cosines, agreements = [], [], []
-    for wanted, got in zip(expected, actual, strict=True):
-        if wanted.shape != got.shape:
-            return OutputError(name, shape, None, None, None, f"shape {got.shape} instead of {wanted.shape}", False)
-        wanted, got = np.asarray(wanted, np.float64), np.asarray(got, np.float64)
-        finite = np.isfinite(wanted)
-        # Infinities and NaNs of the reference are results like others: they must be there again, and only they.
-        if not np.array_equal(wanted[~finite], got[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
-            return OutputError(name, shape, None, None, None, "infinite or NaN values differ", False)
-        wanted, got = np.where(finite, wanted, 0.0), np.where(finite, got, 0.0)
-        errors.append(_relative_error(wanted, got))
-        cosines.append(_lowest_cosine(wanted, got))
-        if wanted.ndim and wanted.shape[-1] > 1 and wanted.size:
-            agreements.append(float(np.mean(wanted.argmax(-1) == got.argmax(-1))))
-    error = max(errors)
-    agreement = min(agreements) if agreements else None
-    if math.isinf(error):
-        return OutputError(
-            name, shape, None, min(cosines), agreement, "the reference is all zero, the output is not", False
-        )
-    return OutputError(name, shape, error, min(cosines), agreement, None, error <= tolerance)
-
-
-def _relative_error(wanted: Array, got: Array) -> float:
-    difference = float(np.abs(wanted - got).max(initial=0.0))
-    if difference == 0.0:
-        return 0.0
-    largest = float(np.abs(wanted).max(initial=0.0))
-    return difference / largest if largest else math.inf
-
-
-def _lowest_cosine(wanted: Array, got: Array) -> float:
-    rows = [array.reshape(-1, array.shape[-1] if array.ndim else 1) for array in (wanted, got)] if wanted.size else None
-    if rows is None:
-        return 1.0
-    lengths = [np.linalg.norm(row, axis=-1) for row in rows]
-    product = lengths[0] * lengths[1]
-    dots = np.einsum("ij,ij->i", *rows)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosines = np.where(product > 0, dots / product, np.where(lengths[0] == lengths[1], 1.0, 0.0))
-    return float(cosines.min())
 
 
 def _inputs(

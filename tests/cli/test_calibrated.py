@@ -123,7 +123,7 @@ def test_what_is_recorded_and_reported(
     assert len({layer["sparsity"] for layer in layers}) == len(layers)
     size = sum(layer["k"] * layer["n"] for layer in layers)
     assert sum(layer["nnz"] for layer in layers) == pytest.approx(0.4 * size, rel=0.01)
-    options = {"method": "auto", "sparsity": 0.6, "pattern": None, "allocation": "sensitivity", "calibrated": True}
+    options = {"method": "sparsegpt", "sparsity": 0.6, "pattern": None, "allocation": "sensitivity", "calibrated": True}
     assert options.items() <= report["options"].items()
     assert options.items() <= json.loads(ir.load(output).metadata_props["sparamx.options"]).items()
 

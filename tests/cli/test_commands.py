@@ -165,7 +165,7 @@ def test_inspect_a_converted_model(pair: tuple[Path, Path], capsys: pytest.Captu
     result = sparamx_onnx.inspect(sparse)
     assert result.converted == 2
     assert result.record["version"]
-    assert (result.record["method"], result.record["weights"]) == ("auto", "bf16")
+    assert (result.record["method"], result.record["weights"]) == ("keep", "bf16")
     assert result.bytes_on_disk == sum(p.stat().st_size for p in (sparse, sparse.with_name(sparse.name + ".data")))
     for node in result.plan:
         assert node.reason.value == "already_converted"

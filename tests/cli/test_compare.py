@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sparamx_onnx.verification import OutputError, compare
+from sparamx_onnx.comparison import OutputError, compare
 
 
 def _compare(wanted: object, got: object, tolerance: float = 0.01) -> OutputError:
