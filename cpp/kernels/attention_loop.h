@@ -1,7 +1,8 @@
 // One block of keys against one block of rows, for every level. With many rows, keys are turned over so that both
 // products are the same small matrix multiplication (scores = Q K^T, sums += P V); with few, scores are dot products,
-// and the keys and values some way ahead are asked for early. Softmax runs along: each row keeps the largest score so
-// far and rescales its sums where a larger one comes.
+// and the keys and values some way ahead are asked for early: of both a little at every step, as memory gives most to
+// two streams that never pause. Softmax runs along: each row keeps the largest score so far and rescales its sums where
+// a larger one comes.
 //
 // An Isa has a vector of 16 floats (Vec, Zero, Load, Store, Scale, Multiply: sum + w * broadcast of x[0], MultiplyVec:
 // sum + w * x), Reduce (the sum of each of 16 vectors), Transpose (up to 16 keys x 16 numbers, zeros beyond), Prefetch,
@@ -20,19 +21,39 @@ namespace {
 constexpr size_t kVecFloats = 16;
 // Up to so many rows, reading keys and values is what takes the time.
 constexpr size_t kFewRows = 8;
-// Keys that are asked for ahead of time then: 16 KiB where a key has 128 numbers.
-constexpr size_t kAheadKeys = 32;
+// Keys that are asked for ahead of time then, when work on a block begins: 32 KiB where a key has 128 numbers. Values
+// come half a block after their keys.
+constexpr size_t kAheadKeys = kKeyBlock;
+constexpr size_t kAheadValues = kAheadKeys - kKeyBlock / 2;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 SPARAMX_INLINE size_t Smaller(size_t a, size_t b) {
   return a < b ? a : b;
 }
 
+// Asks for the lines of keys and values that lie ahead, one after the other. A block's work asks for a little more than
+// a block: what is asked for twice costs next to nothing.
+template <class Isa>
+struct Ahead {
+  const float *k, *v;
+
+  template <int Lines>
+  SPARAMX_INLINE void Ask() {
+#pragma GCC unroll 4
+    for (int i = 0; i < Lines; ++i) {
+      Isa::Prefetch(k + i * kVecFloats);
+      Isa::Prefetch(v + i * kVecFloats);
+    }
+    k += Lines * kVecFloats;
+    v += Lines * kVecFloats;
+  }
+};
+
 // c[Rows][columns] = (scales ? c * scale of the row : 0) + a[Rows][depth] b[depth][columns], Vecs vectors of columns of
 // which the last may be partial.
 template <class Isa, int Rows, int Vecs, bool Full>
 SPARAMX_INLINE void Tile(const float* a, size_t a_stride, size_t depth, const float* b, size_t b_stride, float* c,
-                         size_t c_stride, const float* scales, size_t columns, size_t prefetch) {
+                         size_t c_stride, const float* scales, size_t columns, Ahead<Isa>* ahead) {
   typename Isa::Vec sums[Rows][Vecs];
   const size_t last = Full ? kVecFloats : columns - (Vecs - 1) * kVecFloats;
   for (int r = 0; r < Rows; ++r)
@@ -41,19 +62,19 @@ SPARAMX_INLINE void Tile(const float* a, size_t a_stride, size_t depth, const fl
           scales == nullptr
               ? Isa::Zero()
               : Isa::Scale(Isa::Load(c + r * c_stride + n * kVecFloats, n + 1 < Vecs ? kVecFloats : last), scales[r]);
+  Ahead<Isa> lines = ahead != nullptr ? *ahead : Ahead<Isa>{};
   for (size_t d = 0; d < depth; ++d) {
     typename Isa::Vec row[Vecs] = {};
 #pragma GCC unroll 8
-    for (int n = 0; n < Vecs; ++n) {
-      row[n] = Isa::Load(b + n * kVecFloats, Full || n + 1 < Vecs ? kVecFloats : last);
-      if (prefetch != 0) Isa::Prefetch(b + n * kVecFloats + prefetch);
-    }
+    for (int n = 0; n < Vecs; ++n) row[n] = Isa::Load(b + n * kVecFloats, Full || n + 1 < Vecs ? kVecFloats : last);
+    if (ahead != nullptr && (Vecs > 1 || d % 2 == 0)) lines.template Ask<(Vecs + 1) / 2>();
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
       for (int n = 0; n < Vecs; ++n) sums[r][n] = Isa::Multiply(sums[r][n], row[n], a + r * a_stride + d);
     b += b_stride;
   }
+  if (ahead != nullptr) *ahead = lines;
   for (int r = 0; r < Rows; ++r)
     for (int n = 0; n < Vecs; ++n)
       Isa::Store(c + r * c_stride + n * kVecFloats, n + 1 < Vecs ? kVecFloats : last, sums[r][n]);
@@ -62,28 +83,28 @@ SPARAMX_INLINE void Tile(const float* a, size_t a_stride, size_t depth, const fl
 // Columns of Rows rows: whole register blocks, then vector by vector.
 template <class Isa, int Rows>
 void Strip(const float* a, size_t a_stride, size_t depth, const float* b, size_t b_stride, float* c, size_t c_stride,
-           const float* scales, size_t columns, size_t prefetch) {
+           const float* scales, size_t columns, Ahead<Isa>* ahead) {
   constexpr size_t kBlock = Isa::kVecs * kVecFloats;
   size_t n = 0;
   for (; n + kBlock <= columns; n += kBlock)
-    Tile<Isa, Rows, Isa::kVecs, true>(a, a_stride, depth, b + n, b_stride, c + n, c_stride, scales, kBlock, prefetch);
+    Tile<Isa, Rows, Isa::kVecs, true>(a, a_stride, depth, b + n, b_stride, c + n, c_stride, scales, kBlock, ahead);
   for (; n < columns; n += kVecFloats)
     Tile<Isa, Rows, 1, false>(a, a_stride, depth, b + n, b_stride, c + n, c_stride, scales,
-                              Smaller(kVecFloats, columns - n), prefetch);
+                              Smaller(kVecFloats, columns - n), ahead);
 }
 
 template <class Isa, int Rows = Isa::kRows>
 SPARAMX_INLINE void Strips(const float* a, size_t a_stride, size_t rows, size_t depth, const float* b, size_t b_stride,
-                           float* c, size_t c_stride, const float* scales, size_t columns, size_t prefetch) {
+                           float* c, size_t c_stride, const float* scales, size_t columns, Ahead<Isa>* ahead) {
   if constexpr (Rows > 0) {
     for (; rows >= Rows; rows -= Rows) {
-      Strip<Isa, Rows>(a, a_stride, depth, b, b_stride, c, c_stride, scales, columns, prefetch);
+      Strip<Isa, Rows>(a, a_stride, depth, b, b_stride, c, c_stride, scales, columns, ahead);
       a += Rows * a_stride;
       c += Rows * c_stride;
       if (scales != nullptr) scales += Rows;
-      prefetch = 0;  // once is enough
+      ahead = nullptr;  // once is enough
     }
-    Strips<Isa, Rows - 1>(a, a_stride, rows, depth, b, b_stride, c, c_stride, scales, columns, prefetch);
+    Strips<Isa, Rows - 1>(a, a_stride, rows, depth, b, b_stride, c, c_stride, scales, columns, ahead);
   }
 }
 
@@ -115,20 +136,18 @@ SPARAMX_INLINE void DotColumns(const float* q, size_t q_stride, const float* k, 
 
 // Scores of Rows rows with the four keys from t on (or, four times over, with that one), by dot products.
 template <class Isa, int Rows, bool One>
-SPARAMX_INLINE void DotFour(const AttentionJob& job, const float* q, size_t t, float* scores, bool prefetch) {
+SPARAMX_INLINE void DotFour(const AttentionJob& job, const float* q, size_t t, float* scores, Ahead<Isa>* ahead) {
   typename Isa::Vec sums[16];
   for (int i = 0; i < 16; ++i) sums[i] = Isa::Zero();
   const float* k = job.k + t * job.k_stride;
-  const float* ahead = k + kAheadKeys * job.k_stride;
   const size_t stride = One ? 0 : job.k_stride;
+  Ahead<Isa> lines = ahead != nullptr ? *ahead : Ahead<Isa>{};
   size_t c = 0;
   for (; c + kVecFloats <= job.key_size; c += kVecFloats) {
     DotColumns<Isa, Rows>(q + c, job.q_stride, k + c, stride, kVecFloats, sums);
-    if (!prefetch) continue;
-#pragma GCC unroll 4
-    for (int line = 0; line < 4; ++line) Isa::Prefetch(ahead + line * kVecFloats);
-    ahead += 4 * kVecFloats;
+    if (ahead != nullptr) lines.template Ask<2>();
   }
+  if (ahead != nullptr) *ahead = lines;
   if (c < job.key_size) DotColumns<Isa, Rows>(q + c, job.q_stride, k + c, stride, job.key_size - c, sums);
   alignas(64) float totals[16];
   Isa::Reduce(sums, totals);
@@ -138,24 +157,23 @@ SPARAMX_INLINE void DotFour(const AttentionJob& job, const float* q, size_t t, f
 
 template <class Isa, bool One, int Rows = 4>
 SPARAMX_INLINE void DotRows(const AttentionJob& job, const float* q, size_t rows, size_t t, float* scores,
-                            bool prefetch) {
+                            Ahead<Isa>* ahead) {
   if constexpr (Rows > 0) {
     for (; rows >= Rows; rows -= Rows) {
-      DotFour<Isa, Rows, One>(job, q, t, scores, prefetch);
+      DotFour<Isa, Rows, One>(job, q, t, scores, ahead);
       q += Rows * job.q_stride;
       scores += Rows * kKeyBlock;
-      prefetch = false;  // once is enough
+      ahead = nullptr;  // once is enough
     }
-    DotRows<Isa, One, Rows - 1>(job, q, rows, t, scores, prefetch);
+    DotRows<Isa, One, Rows - 1>(job, q, rows, t, scores, ahead);
   }
 }
 
 template <class Isa>
-void DotKeys(const AttentionJob& job) {
-  const bool prefetch = job.k_stride == job.key_size;  // keys one after the other: the next ones lie behind them
+void DotKeys(const AttentionJob& job, Ahead<Isa>* ahead) {
   size_t t = 0;
-  for (; t + 4 <= job.keys; t += 4) DotRows<Isa, false>(job, job.q, job.rows, t, job.scores, prefetch);
-  for (; t < job.keys; ++t) DotRows<Isa, true>(job, job.q, job.rows, t, job.scores, false);
+  for (; t + 4 <= job.keys; t += 4) DotRows<Isa, false>(job, job.q, job.rows, t, job.scores, ahead);
+  for (; t < job.keys; ++t) DotRows<Isa, true>(job, job.q, job.rows, t, job.scores, nullptr);
 }
 
 // x = cap * tanh(x / cap).
@@ -191,7 +209,8 @@ SPARAMX_INLINE void ExpOrZero(Lanes* x) {
 }
 
 // scores = exp(scores - largest so far); the factor for what was summed before.
-SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r) {
+template <class Isa>
+SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* ahead) {
   float* row = job.scores + r * kKeyBlock;
   const size_t vectors = (job.keys + kVecFloats - 1) / kVecFloats;
   Lanes x[kKeyBlock / kVecFloats];
@@ -225,6 +244,7 @@ SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r) {
     x[n] -= shift;
     ExpOrZero(&x[n]);
     total += x[n];
+    if (ahead != nullptr) ahead->template Ask<2>();
   }
   __builtin_memcpy(row, x, vectors * sizeof(Lanes));
   Splat(before - base, &factor);
@@ -237,17 +257,21 @@ SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r) {
 template <class Isa>
 void Attend(const AttentionJob& job) {
   float factors[kRowBlock];
+  // Where keys and values stand one after the other, the next ones lie behind them.
+  Ahead<Isa> lines = {job.k + kAheadKeys * job.k_stride, job.v + kAheadValues * job.v_stride};
+  const bool is_reading = job.rows <= kFewRows && job.k_stride == job.key_size && job.v_stride == job.value_size;
+  Ahead<Isa>* const ahead = is_reading ? &lines : nullptr;
   if (job.rows <= kFewRows) {
-    DotKeys<Isa>(job);
+    DotKeys<Isa>(job, ahead);
   } else {
     Turn<Isa>(job);
     const size_t scored = (job.keys + kVecFloats - 1) / kVecFloats * kVecFloats;
     Strips<Isa>(job.q, job.q_stride, job.rows, job.key_size, job.turned, kKeyBlock, job.scores, kKeyBlock, nullptr,
-                scored, 0);
+                scored, nullptr);
   }
-  for (size_t r = 0; r < job.rows; ++r) factors[r] = SoftmaxRow(job, r);
+  for (size_t r = 0; r < job.rows; ++r) factors[r] = SoftmaxRow(job, r, ahead);
   Strips<Isa>(job.scores, kKeyBlock, job.rows, job.keys, job.v, job.v_stride, job.sums, job.sums_stride, factors,
-              job.value_size, job.rows <= kFewRows ? kAheadKeys * job.v_stride : 0);
+              job.value_size, ahead);
 }
 
 }  // namespace
