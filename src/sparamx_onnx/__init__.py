@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparamx_onnx.benchmark import bench as bench
     from sparamx_onnx.conversion import convert as convert
     from sparamx_onnx.decoder import DecoderSession as DecoderSession
+    from sparamx_onnx.generation_benchmark import bench_generation as bench_generation
     from sparamx_onnx.inspection import inspect as inspect
     from sparamx_onnx.ops.errors import SparamxError as SparamxError
     from sparamx_onnx.ops.library import get_library_path as get_library_path
@@ -29,6 +30,7 @@ _HOMES = {
     "InferenceSession": "sparamx_onnx.session",
     "SparamxError": "sparamx_onnx.ops.errors",
     "bench": "sparamx_onnx.benchmark",
+    "bench_generation": "sparamx_onnx.generation_benchmark",
     "convert": "sparamx_onnx.conversion",
     "get_library_path": "sparamx_onnx.ops.library",
     "inspect": "sparamx_onnx.inspection",
@@ -42,6 +44,7 @@ __all__ = [
     "SparamxError",
     "__version__",
     "bench",
+    "bench_generation",
     "convert",
     "get_library_path",
     "inspect",

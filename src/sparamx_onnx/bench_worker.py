@@ -4,6 +4,8 @@ Requests come as JSON lines on stdin, answers go as JSON lines to what was stdou
 
 * the first line describes the job (model, threads, feeds); the answer is ``{"ready": ...}`` or ``{"error": ...}``;
 * ``{"runs": N}`` is answered with ``{"seconds": [N numbers], "memory": {...}}`` or ``{"error": ...}``;
+* a job with a ``capacity`` is a decoder: ``{"runs": N, "context": C}`` are N steps after C tokens, and
+  ``{"prompt": P}`` is one run over P tokens, up to the choice of the next;
 * end of input ends the process.
 """
 
@@ -83,6 +85,40 @@ def _serve(job: dict[str, Any], answer: Any) -> None:
         answer({"seconds": seconds, "memory": memory()})
 
 
+def _serve_decoder(job: dict[str, Any], answer: Any) -> None:
+    import numpy as np
+    import onnxruntime
+
+    from sparamx_onnx.decoder import DecoderSession
+
+    before = memory()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    start = time.perf_counter()
+    session = DecoderSession(job["model"], capacity=job["capacity"], threads=job["threads"], session_options=options)
+    load_seconds = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> Any:
+        return rng.integers(0, job["tokens"], (job["batch"], count))
+
+    def timed(run: Any) -> float:
+        start = time.perf_counter()
+        run().argmax(axis=1)
+        return time.perf_counter() - start
+
+    answer({"ready": {"load_seconds": load_seconds, "memory_before": before}})
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "prompt" in request:
+            prompt = tokens(request["prompt"])
+            seconds = [timed(lambda prompt=prompt: session.prefill(prompt))]
+        else:
+            session.pretend(job["batch"], request["context"])
+            seconds = [timed(lambda: session.step(tokens(1))) for _ in range(request["runs"])]
+        answer({"seconds": seconds, "memory": memory(), "cache_bytes": session.cache_bytes})
+
+
 def main() -> None:
     """Runs the worker; the parent's process id is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -96,7 +132,7 @@ def main() -> None:
 
     job = json.loads(sys.stdin.readline())
     try:
-        _serve(job, answer)
+        (_serve_decoder if "capacity" in job else _serve)(job, answer)
     except ValueError as error:  # SparamxError among them: its message is meant for the user
         answer({"error": str(error)})
 

@@ -31,6 +31,9 @@ _BURST_SECONDS = 0.2
 _SHORTEST_BURST, _LONGEST_BURST = 2, 200
 _DEFAULT_LENGTH = 128
 
+Turns = Sequence[Sequence[float]]
+"""Seconds of the runs of each turn."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -134,14 +137,12 @@ def bench(
     with contextlib.ExitStack() as stack:
         if progress is not None:
             progress(0, rounds, "loading")
-        workers = [stack.enter_context(_worker(job)) for job in jobs]
+        workers = [stack.enter_context(start_worker(job)) for job in jobs]
         turns = _take_turns(workers, rounds, progress)
     timings = tuple(_timing(path, worker, runs) for path, worker, runs in zip(paths, workers, turns, strict=True))
     ratio, ratio_quartiles = None, None
     if len(timings) == 2:
-        ratio = timings[1].median / timings[0].median
-        per_round = [statistics.median(b) / statistics.median(a) for a, b in zip(*turns, strict=True)]
-        ratio_quartiles = _quartiles(per_round)
+        ratio, ratio_quartiles = compare(*turns)
     return Benchmark(
         timings=timings,
         ratio=ratio,
@@ -181,12 +182,13 @@ def _job(
     }
 
 
-class _Worker:
+class Worker:
     """A running worker process, stopped between its turns."""
 
     def __init__(self, job: dict[str, Any], process: subprocess.Popen[str], errors: IO[str]) -> None:
         self.model: str = job["model"]
         self.memory: dict[str, int] | None = None
+        self.answer: dict[str, Any] = {}
         self._process = process
         self._errors = errors
         self.ready: dict[str, Any] = self._ask(job)["ready"]
@@ -200,11 +202,15 @@ class _Worker:
 
     def burst(self, runs: int) -> list[float]:
         """Wakes the worker for ``runs`` runs and one that is not counted; seconds of each."""
+        return self.turn({"runs": runs + 1})[1:]
+
+    def turn(self, request: dict[str, int]) -> list[float]:
+        """Wakes the worker for one request (see bench_worker); seconds of each run."""
         self._process.send_signal(signal.SIGCONT)
-        answer = self._ask({"runs": runs + 1})
+        self.answer = self._ask(request)
         self.pause()
-        self.memory = answer["memory"]
-        return [float(seconds) for seconds in answer["seconds"][1:]]
+        self.memory = self.answer["memory"]
+        return [float(seconds) for seconds in self.answer["seconds"]]
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -231,7 +237,8 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _worker(job: dict[str, Any]) -> Iterator[_Worker]:
+def start_worker(job: dict[str, Any]) -> Iterator[Worker]:
+    """A worker process for a job (see bench_worker), stopped, with its model loaded; killed in the end."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             # -P: the package that is installed, whatever the current folder holds.
@@ -244,7 +251,7 @@ def _worker(job: dict[str, Any]) -> Iterator[_Worker]:
             start_new_session=True,
         )
         try:
-            yield _Worker(job, process, errors)
+            yield Worker(job, process, errors)
         finally:
             # A worker holds nothing that would need an orderly end, and killing reaches it even when it is stopped.
             process.kill()
@@ -255,14 +262,14 @@ def _worker(job: dict[str, Any]) -> Iterator[_Worker]:
                         stream.close()
 
 
-def _take_turns(workers: Sequence[_Worker], rounds: int, progress: Report | None) -> list[list[list[float]]]:
+def _take_turns(workers: Sequence[Worker], rounds: int, progress: Report | None) -> list[list[list[float]]]:
     """Seconds of every counted run, by worker and round."""
     sizes = []
     for worker in workers:
         # Two bursts to warm up; the second one says how many runs fill a burst.
         worker.burst(1)
         seconds = statistics.median(worker.burst(_SHORTEST_BURST))
-        sizes.append(min(max(math.ceil(_BURST_SECONDS / max(seconds, 1e-9)), _SHORTEST_BURST), _LONGEST_BURST))
+        sizes.append(burst_size(seconds))
     turns: list[list[list[float]]] = [[] for _ in workers]
     for number in range(rounds):
         if progress is not None:
@@ -276,14 +283,30 @@ def _take_turns(workers: Sequence[_Worker], rounds: int, progress: Report | None
     return turns
 
 
-def _timing(path: str, worker: _Worker, turns: Sequence[Sequence[float]]) -> Timing:
+def burst_size(seconds: float) -> int:
+    """Runs that fill a burst, if one takes so long."""
+    return min(max(math.ceil(_BURST_SECONDS / max(seconds, 1e-9)), _SHORTEST_BURST), _LONGEST_BURST)
+
+
+def compare(one: Turns, other: Turns) -> tuple[float, tuple[float, float]]:
+    """How many times as fast one is as the other.
+
+    Returns:
+        Median of the other's seconds over the median of one's, and the quartiles of that ratio taken turn by turn.
+    """
+    medians = [statistics.median(seconds for turn in turns for seconds in turn) for turns in (one, other)]
+    per_turn = [statistics.median(b) / statistics.median(a) for a, b in zip(one, other, strict=True)]
+    return medians[1] / medians[0], quartiles(per_turn)
+
+
+def _timing(path: str, worker: Worker, turns: Sequence[Sequence[float]]) -> Timing:
     samples = [seconds for turn in turns for seconds in turn]
     memory, before = worker.memory or {}, worker.ready["memory_before"] or {}
     pss = memory.get("pss")
     return Timing(
         model=path,
         median=statistics.median(samples),
-        quartiles=_quartiles(samples),
+        quartiles=quartiles(samples),
         runs=len(samples),
         load_seconds=worker.ready["load_seconds"],
         pss=pss,
@@ -292,7 +315,8 @@ def _timing(path: str, worker: _Worker, turns: Sequence[Sequence[float]]) -> Tim
     )
 
 
-def _quartiles(samples: Sequence[float]) -> tuple[float, float]:
+def quartiles(samples: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile; of a single sample, twice the sample."""
     if len(samples) < 2:
         return samples[0], samples[0]
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")

@@ -367,8 +367,8 @@ def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None,
     examples=(
         ("sparamx-onnx bench model.sparse.onnx --against model.onnx --batch 8", "an encoder, 8 rows of 128 tokens"),
         (
-            "sparamx-onnx bench decoder.sparse.onnx --against decoder.onnx --length 1024 --threads 4",
-            "a decode step after 1024 tokens",
+            "sparamx-onnx bench decoder.sparse.onnx --against decoder.onnx --prompt 512 --context 1024",
+            "a decoder: the first token after 512, and tokens a second after 1024",
         ),
     ),
 )
@@ -380,24 +380,63 @@ def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None,
     type=click.IntRange(1),
     help="Tokens per row; for a model with a key-value cache, tokens in the cache.  [default: 128]",
 )
+@click.option(
+    "--prompt", type=click.IntRange(1), help="For a decoder: time prompts of so many tokens, up to the first new one."
+)
+@click.option(
+    "--context", type=click.IntRange(0), help="For a decoder: time steps after so many tokens, over a cache in place."
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads to run with.  [default: one per core]")
+@click.option("--report", metavar="FILE.html", help="With --prompt or --context: write a page with charts.")
+@click.option("--force", is_flag=True, help="Replace the report if it exists.")
 @_json_option
 def bench(
-    model: str, against: str | None, batch: int | None, length: int | None, threads: int | None, as_json: bool
+    model: str,
+    against: str | None,
+    batch: int | None,
+    length: int | None,
+    prompt: int | None,
+    context: int | None,
+    threads: int | None,
+    report: str | None,
+    force: bool,
+    as_json: bool,
 ) -> int:
     """Times MODEL, alone or against OTHER, on random inputs.
 
-    The two take turns in short bursts, each in a process of its own that is stopped while the other runs. A model with
-    a key-value cache is timed on one decode step. PSS is the memory of a process with shared pages divided among their
-    users.
+    The two take turns in short bursts, each in a process of its own that is stopped while the other runs. PSS is the
+    memory of a process with shared pages divided among their users.
+
+    A model with a key-value cache is timed on one run of the graph, a step of one token, whose result goes to new
+    memory as a caller without a cache in place gets it. With --prompt and --context it is timed as a decoder is used.
     """
     from sparamx_onnx.benchmark import bench as do_bench
+    from sparamx_onnx.generation_benchmark import bench_generation
     from sparamx_onnx.progress import progress_bar
-    from sparamx_onnx.reports import benchmark_text
+    from sparamx_onnx.reports import benchmark_text, generation_text
 
+    generates = prompt is not None or context is not None
+    if generates and length is not None:
+        raise click.UsageError("--length is for a single run; leave it out with --prompt or --context")
+    if report is not None and not generates:
+        raise click.UsageError("--report needs --prompt or --context")
     with progress_bar() as progress:
-        result = do_bench(model, against, batch=batch, length=length, threads=threads, progress=progress)
-    _print(result, benchmark_text, as_json)
+        if not generates:
+            result = do_bench(model, against, batch=batch, length=length, threads=threads, progress=progress)
+            _print(result, benchmark_text, as_json)
+            return _DONE
+        generation = bench_generation(
+            model,
+            against,
+            prompt=prompt,
+            context=context,
+            batch=batch or 1,
+            threads=threads,
+            report=report,
+            force=force,
+            progress=progress,
+        )
+    _print(generation, generation_text, as_json)
     return _DONE
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from sparamx_onnx.genai_config import model_file
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_ATTENTION
 from sparamx_onnx.ops.errors import SparamxError
@@ -74,7 +75,7 @@ class DecoderSession:
         """Opens a model; the cache is allocated when the first tokens come.
 
         Args:
-            model: Path of a decoder, converted or not.
+            model: Path of a decoder, converted or not, or of its folder for onnxruntime-genai.
             capacity: Tokens that a row can have, prompt included.
             threads: Threads within an operator; ONNX Runtime's default if None.
             session_options: Options to use instead of new ones.
@@ -84,7 +85,7 @@ class DecoderSession:
         """
         if capacity < 1:
             raise SparamxError(f"capacity must be at least 1, not {capacity}")
-        path = Path(model)
+        path = model_file(Path(model))
         options = session_options or onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -185,6 +186,24 @@ class DecoderSession:
         """Reads one token for each row, int [batch]; returns the logits after it, float32 [batch, vocab]."""
         logits: Logits = self.append(np.asarray(tokens, np.int64).reshape(-1, 1))[:, -1]
         return logits
+
+    def pretend(self, batch: int, tokens: int) -> None:
+        """Goes on as if ``batch`` rows of so many tokens had been read, with noise for keys and values: to measure.
+
+        Raises:
+            SparamxError: So many tokens do not fit the capacity.
+        """
+        if batch < 1 or not 0 <= tokens <= self.capacity:
+            raise SparamxError(f"{batch} rows of {tokens} tokens do not fit a capacity of {self.capacity}")
+        self.reset()
+        self._mask = np.ones((batch, tokens), np.int64)
+        self._bind_caches(batch)
+        noise = np.random.default_rng(0).uniform(-1, 1, 1 << 18)
+        for cache in self._caches:
+            if not self.shares_buffers:
+                self._buffers[cache.past] = _zeros((batch, cache.heads, tokens, cache.size), cache.dtype)
+            values = self._buffers[cache.past].numpy()[:, :, :tokens]
+            values[...] = np.resize(noise.astype(cache.dtype), values.shape)
 
     def generate(
         self,

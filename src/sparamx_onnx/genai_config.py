@@ -41,6 +41,15 @@ class GenaiConfig:
         return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
 
 
+def model_file(path: Path) -> Path:
+    """The ONNX file that a path stands for: the decoder of a model folder of onnxruntime-genai, or the file itself.
+
+    Raises:
+        SparamxError: It is another kind of folder.
+    """
+    return path / read_genai_config(path).decoder if path.is_dir() else path
+
+
 def read_genai_config(folder: Path) -> GenaiConfig:
     """Reads the configuration of a model folder of onnxruntime-genai.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from sparamx_onnx.genai_config import read_genai_config
+from sparamx_onnx.genai_config import model_file
 from sparamx_onnx.ops.definitions import DOMAIN
 from sparamx_onnx.ops.errors import SparamxError
 
@@ -59,9 +59,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         SparamxError: The file is missing, unreadable, no ONNX model or damaged, or its external data is missing, too
             short or outside of the model's folder.
     """
-    path = Path(path)
-    if path.is_dir():
-        path /= read_genai_config(path).decoder
+    path = model_file(Path(path))
     proto = _parse(path)
     folders = {_real(path.parent), _real(path).parent}
     sizes: dict[Path, int] = {}

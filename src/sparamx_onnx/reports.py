@@ -9,10 +9,11 @@ from pathlib import Path
 from sparamx_onnx.benchmark import Benchmark
 from sparamx_onnx.conversion import ConversionResult
 from sparamx_onnx.environment import Environment
+from sparamx_onnx.generation_benchmark import GenerationBenchmark
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan, AttentionReason
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.inspection import Inspection
-from sparamx_onnx.tables import Column, duration, percent, render, size
+from sparamx_onnx.tables import Column, duration, percent, rate, render, size
 from sparamx_onnx.verification import Verification
 
 _LAYERS = (
@@ -189,6 +190,46 @@ def benchmark_text(result: Benchmark) -> str:
             f"{rows[0][0]} is {result.ratio:.2f}x as fast as {rows[1][0]} (quartiles {low:.2f} .. {high:.2f}).\n{last}"
         )
     return _paragraphs(render(columns, rows), last)
+
+
+def generation_text(result: GenerationBenchmark) -> str:
+    """Tokens a second and memory of every decoder, and the ratios."""
+    columns = (
+        Column("model", shrinks=True),
+        Column("first token", right=True),
+        Column("prefill tokens/s", right=True),
+        Column("step", right=True),
+        Column("decode tokens/s", right=True),
+        Column("load", right=True),
+        Column("PSS", right=True),
+        Column("model's part", right=True),
+    )
+    rows = [
+        [
+            timing.model,
+            "-" if timing.first_token is None else duration(timing.first_token),
+            rate(timing.prefill_tokens_per_second),
+            "-" if timing.step is None else duration(timing.step),
+            rate(timing.decode_tokens_per_second),
+            duration(timing.load_seconds),
+            size(timing.pss),
+            size(timing.model_pss),
+        ]
+        for timing in result.timings
+    ]
+    lines = [
+        f"{rows[0][0]} {what} {ratio:.2f}x as fast as {rows[1][0]} (quartiles {spread[0]:.2f} .. {spread[1]:.2f})."
+        for what, ratio, spread in (
+            ("reads a prompt", result.prefill_ratio, result.prefill_ratio_quartiles),
+            ("decodes", result.decode_ratio, result.decode_ratio_quartiles),
+        )
+        if ratio is not None and spread is not None
+    ]
+    sizes = [f"batch {result.batch}"]
+    sizes += [f"{name} {value}" for name, value in (("prompt", result.prompt), ("context", result.context)) if value]
+    sizes.append("one thread per core" if result.threads is None else f"{result.threads} threads")
+    lines.append(f"{', '.join(sizes)}; {result.rounds} rounds.")
+    return _paragraphs(render(columns, rows), "\n".join(lines))
 
 
 def environment_text(result: Environment) -> str:

@@ -72,6 +72,13 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.4g} us"
 
 
+def rate(per_second: float | None) -> str:
+    """A number of tokens a second for people."""
+    if per_second is None:
+        return "-"
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage. Never rounded to 0 or 100 % from anything else."""
     if share is None:

@@ -125,6 +125,19 @@ def test_rows_of_different_length_do_not_see_each_other(decoder: DecoderSession)
         assert same(np.stack(together)[:, row], expected), row
 
 
+def test_a_context_can_be_pretended(decoder: DecoderSession) -> None:
+    decoder.pretend(2, 30)
+    assert decoder.lengths.tolist() == [30, 30]
+    after_noise = decoder.step([1, 2])
+    assert decoder.lengths.tolist() == [31, 31]
+    assert np.isfinite(after_noise).all()
+    decoder.pretend(2, 30)
+    assert np.array_equal(decoder.step([1, 2]), after_noise)
+    assert not same(decoder.prefill([[1], [2]]), after_noise)
+    with pytest.raises(SparamxError, match="1 rows of 41 tokens do not fit a capacity of 40"):
+        decoder.pretend(1, CAPACITY + 1)
+
+
 def test_past_and_present_are_one_buffer_that_stays_where_it_is(decoder: DecoderSession) -> None:
     assert decoder.shares_buffers
     decoder.prefill(tokens(2, 5))
