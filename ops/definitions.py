@@ -122,6 +122,7 @@ SPARSE_AMX_MATMUL: Final = OpDefinition(
 
 _TOKENS: Final = "[batch, tokens, heads * size]"
 _CACHE: Final = "[batch, kv heads, capacity, size]"
+_ROWS: Final = "[batch, kv heads, bytes]"
 
 SPARSE_AMX_ATTENTION: Final = OpDefinition(
     name="SparseAMXAttention",
@@ -134,6 +135,7 @@ SPARSE_AMX_ATTENTION: Final = OpDefinition(
         Port("value", "float32", _TOKENS, "The new values.", optional=True, role=True),
         Port("past_key", "float32", _CACHE, "The keys before this call.", optional=True, role=True),
         Port("past_value", "float32", _CACHE, "The values before this call.", optional=True, role=True),
+        Port("past_cache", "uint8", _ROWS, "The packed cache before this call.", optional=True, role=True),
         Port(
             "seqlens_k", "int32", "[batch]", "Keys of each entry, new ones included, minus 1.", optional=True, role=True
         ),
@@ -156,6 +158,7 @@ SPARSE_AMX_ATTENTION: Final = OpDefinition(
         Port("output", "float32", _TOKENS, "The result."),
         Port("present_key", "float32", _CACHE, "The keys after this call; may be past_key's memory.", optional=True),
         Port("present_value", "float32", _CACHE, "The values after this call; likewise.", optional=True),
+        Port("present_cache", "uint8", _ROWS, "The packed cache after this call; likewise.", optional=True),
     ),
     attributes=(
         Attribute("num_heads", int, "Heads of the query."),
@@ -168,5 +171,16 @@ SPARSE_AMX_ATTENTION: Final = OpDefinition(
         Attribute("rotary_interleaved", int, "Whether rotary pairs stand side by side.", default=0),
         Attribute("smooth_softmax", int, "One more score, 0, for every query.", default=0),
         Attribute("mask_filter_value", float, "What key_padding_mask adds to a hidden key's scores.", default=-10000.0),
+        Attribute(
+            "cache",
+            str,
+            "float: past_key, past_value, present_key, present_value. packed: past_cache and present_cache.",
+            default="float",
+            choices=("float", "packed"),
+        ),
+        Attribute("k_sparsity", float, "The part of a packed block of keys that is pruned, below 1.", default=0.0),
+        Attribute("v_sparsity", float, "The part of a packed block of values that is pruned, below 1.", default=0.0),
+        Attribute("sink", int, "First tokens that a packed cache never prunes, in whole blocks.", default=0),
+        Attribute("recent", int, "Last tokens that a packed cache has not pruned yet.", default=0),
     ),
 )

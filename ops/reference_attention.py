@@ -6,6 +6,7 @@ Written from docs/attention.md, one query at a time in float64; it shares no cod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from sparamx_onnx.ops.errors import SparamxError
 
 Floats = npt.NDArray[np.floating]
 Integers = npt.NDArray[np.integer]
+Real = TypeVar("Real", np.float32, np.float64)
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,8 @@ def split_heads(x: Floats, heads: int) -> npt.NDArray[np.float64]:
     return x.reshape(batch, tokens, heads, width // heads).transpose(0, 2, 1, 3).astype(np.float64)
 
 
-def rotate(
-    x: npt.NDArray[np.float64], positions: Integers, cos: Floats, sin: Floats, interleaved: bool
-) -> npt.NDArray[np.float64]:
-    """Rotary position embedding.
+def rotate(x: npt.NDArray[Real], positions: Integers, cos: Floats, sin: Floats, interleaved: bool) -> npt.NDArray[Real]:
+    """Rotary position embedding, in the precision of ``x``.
 
     Args:
         x: [heads, tokens, size].
@@ -85,7 +85,7 @@ def rotate(
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
     )
-    c, s = cos[positions].astype(np.float64), sin[positions].astype(np.float64)
+    c, s = cos[positions].astype(x.dtype), sin[positions].astype(x.dtype)
     out = x.copy()
     out[..., first] = x[..., first] * c - x[..., second] * s
     out[..., second] = x[..., second] * c + x[..., first] * s

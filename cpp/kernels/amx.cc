@@ -534,6 +534,7 @@ const Level kAmxLevel = {
     HalvesToFloats,
     FloatsToHalves,
     nullptr,
+    nullptr,
 };
 
 }  // namespace sparamx

@@ -25,7 +25,7 @@ struct AttentionJob {
   size_t rows;      // 1 to kRowBlock
   size_t key_size;  // numbers of a query and of a key
   size_t value_size;
-  const float* k;  // key t of the call stands at k + t * k_stride
+  const float* k;  // key t of the call stands at k + t * k_stride; null: `turned` holds the keys already
   const float* v;
   size_t k_stride, v_stride;  // floats
   uint32_t first_key;         // the number of key 0 of the call, as `visible` and the biases count
@@ -38,7 +38,7 @@ struct AttentionJob {
   float* denominator;        // [rows], zero at first
   float* sums;               // [rows][sums_stride], zeros at first
   size_t sums_stride;
-  float* turned;  // scratch: [key_size][kKeyBlock]
+  float* turned;  // scratch: [key_size][kKeyBlock], columns without a key zeros up to whole vectors
   float* scores;  // scratch: [rows][kKeyBlock]
 };
 

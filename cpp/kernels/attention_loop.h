@@ -257,14 +257,16 @@ SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* a
 template <class Isa>
 void Attend(const AttentionJob& job) {
   float factors[kRowBlock];
+  const bool turned = job.k == nullptr, few = job.rows <= kFewRows && !turned;
   // Where keys and values stand one after the other, the next ones lie behind them.
-  Ahead<Isa> lines = {job.k + kAheadKeys * job.k_stride, job.v + kAheadValues * job.v_stride};
-  const bool is_reading = job.rows <= kFewRows && job.k_stride == job.key_size && job.v_stride == job.value_size;
+  const bool is_reading = few && job.k_stride == job.key_size && job.v_stride == job.value_size;
+  Ahead<Isa> lines = {};
+  if (is_reading) lines = {job.k + kAheadKeys * job.k_stride, job.v + kAheadValues * job.v_stride};
   Ahead<Isa>* const ahead = is_reading ? &lines : nullptr;
-  if (job.rows <= kFewRows) {
+  if (few) {
     DotKeys<Isa>(job, ahead);
   } else {
-    Turn<Isa>(job);
+    if (!turned) Turn<Isa>(job);
     const size_t scored = (job.keys + kVecFloats - 1) / kVecFloats * kVecFloats;
     Strips<Isa>(job.q, job.q_stride, job.rows, job.key_size, job.turned, kKeyBlock, job.scores, kKeyBlock, nullptr,
                 scored, nullptr);

@@ -336,6 +336,7 @@ const Level kAvx2Level = {
     HalvesToFloats,
     FloatsToHalves,
     &kAvx2Attention,
+    nullptr,
 };
 
 }  // namespace sparamx

@@ -202,6 +202,7 @@ const Level kAvx512Level = {
     HalvesToFloats,
     FloatsToHalves,
     &kAvx512Attention,
+    nullptr,
 };
 
 }  // namespace sparamx

@@ -44,6 +44,7 @@ const Level kAvx512Bf16Level = {
     HalvesToFloats,
     FloatsToHalves,
     nullptr,
+    nullptr,
 };
 
 }  // namespace sparamx

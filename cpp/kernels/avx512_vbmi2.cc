@@ -71,6 +71,7 @@ const Level kAvx512Vbmi2Level = {
     HalvesToFloats,
     FloatsToHalves,
     nullptr,
+    nullptr,
 };
 
 }  // namespace sparamx

@@ -35,6 +35,7 @@ const Level kAvx512VnniLevel = {
     HalvesToFloats,
     FloatsToHalves,
     nullptr,
+    nullptr,
 };
 
 }  // namespace sparamx

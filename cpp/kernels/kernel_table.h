@@ -8,6 +8,7 @@
 
 #include "format/layout.h"
 #include "kernels/attention_kernel.h"
+#include "kernels/packed_attention_kernel.h"
 
 namespace sparamx {
 
@@ -54,7 +55,8 @@ struct Level {
   void (*halves_to_floats)(const uint16_t* in, size_t count, float* out);
   void (*floats_to_halves)(const float* in, size_t in_stride, size_t rows, size_t columns, uint16_t* out,
                            size_t out_stride);
-  const AttentionKernel* attention;  // null: that of a lower level
+  const AttentionKernel* attention;               // null: that of a lower level
+  const PackedAttentionKernel* packed_attention;  // likewise
 };
 
 enum CpuFeature : uint64_t {

@@ -185,6 +185,7 @@ const Level kScalarLevel = {
     HalvesToFloats,
     FloatsToHalves,
     &kScalarAttention,
+    &kScalarPackedAttention,
 };
 
 }  // namespace sparamx

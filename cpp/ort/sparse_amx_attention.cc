@@ -16,6 +16,7 @@ constexpr RoleRule kRoleRules[kRoles] = {
     {"value", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
     {"past_key", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
     {"past_value", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+    {"past_cache", ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},
     {"seqlens_k", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
     {"total_sequence_length", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
     {"cos_cache", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
@@ -73,8 +74,18 @@ SparseAMXAttentionKernel::SparseAMXAttentionKernel(const OrtApi& api, const OrtK
   options_.interleaved = IntAttribute(info, "rotary_interleaved", 0) != 0;
   options_.smooth = IntAttribute(info, "smooth_softmax", 0) != 0;
   mask_filter_value_ = FloatAttribute(info, "mask_filter_value", -10000.0f);
+  const std::string cache = StringAttribute(info, "cache", "float");
+  if (cache != "float" && cache != "packed")
+    Fail(Status::Invalid("its attribute cache is '" + cache + "', but it must be float or packed"));
+  options_.packed = cache == "packed";
+  options_.cache.key_sparsity = FloatAttribute(info, "k_sparsity", 0.0f);
+  options_.cache.value_sparsity = FloatAttribute(info, "v_sparsity", 0.0f);
+  // Negative ones become too large.
+  options_.cache.sink = static_cast<size_t>(IntAttribute(info, "sink", 0));
+  options_.cache.recent = static_cast<size_t>(IntAttribute(info, "recent", 0));
   ReadRoles(StringAttribute(info, "roles", ""));
   CheckRoles();
+  CheckOutputs(info);
   const Status status = attention_.Init(options_);
   if (!status.ok()) Fail(status);
 }
@@ -97,9 +108,22 @@ void SparseAMXAttentionKernel::CheckRoles() const {
     if (Has(pair[0]) != Has(pair[1]))
       Fail(Status::Invalid(std::string("its attribute roles must name ") + NameOf(pair[0]) + " and " + NameOf(pair[1]) +
                            " both or neither"));
+  const Role other = options_.packed ? Role::kPastKey : Role::kPastCache;
+  if (Has(other))
+    Fail(Status::Invalid(std::string("its cache is ") + (options_.packed ? "packed" : "float") +
+                         ", so it cannot have the input " + NameOf(other)));
   if (Has(Role::kPositionIds) && !Has(Role::kCosCache))
     Fail(Status::Invalid("position_ids need cos_cache and sin_cache"));
   if (Has(Role::kCosCache) && !options_.causal) Fail(Status::Invalid("cos_cache needs causal attention"));
+}
+
+void SparseAMXAttentionKernel::CheckOutputs(const Ort::ConstKernelInfo& info) const {
+  constexpr const char* kNames[SparseAMXAttention::kOutputs] = {"output", "present_key", "present_value",
+                                                                "present_cache"};
+  for (size_t i = SparseAMXAttention::kPresentKey; i < info.GetOutputCount(); ++i)
+    if (options_.packed != (i == SparseAMXAttention::kPresentCache) && !info.GetOutputName(i).empty())
+      Fail(Status::Invalid(std::string("its cache is ") + (options_.packed ? "packed" : "float") +
+                           ", so it cannot have the output " + kNames[i]));
 }
 
 bool SparseAMXAttentionKernel::Has(Role role) const {
@@ -190,6 +214,36 @@ void SparseAMXAttentionKernel::SetPast(const Inputs& inputs, AttentionCall* call
     call->past_value = static_cast<const float*>(value.data);
     call->past_capacity = static_cast<size_t>(capacity);
   }
+  SetTotal(inputs, call);
+}
+
+// A packed cache tells how many tokens it holds; seqlens_k may tell of fewer.
+void SparseAMXAttentionKernel::SetPackedPast(const Inputs& inputs, AttentionCall* call) const {
+  if (call->key_size == 0 || call->value_size == 0) Fail(Status::Invalid("a packed cache needs heads of some size"));
+  call->layout = CacheLayout(options_.cache, call->key_size, call->value_size);
+  if (Has(Role::kPastCache)) {
+    const Tensor& cache = At(inputs, Role::kPastCache);
+    const int64_t bytes = cache.shape.size() == 3 ? cache.shape[2] : 0;
+    Expect(cache, "past_cache", ShapeOf({Signed(call->batch), Signed(options_.kv_heads), bytes}));
+    if (bytes != 0) {
+      if (!call->layout.BlocksOfRow(static_cast<size_t>(bytes), &call->past_blocks))
+        Fail(Status::Invalid("past_cache has rows of " + std::to_string(bytes) + " bytes, but they must have 0 or " +
+                             std::to_string(call->layout.RowBytes(0)) + " and a multiple of " +
+                             std::to_string(call->layout.packed_bytes)));
+      call->past_cache = static_cast<const uint8_t*>(cache.data);
+      if (Has(Role::kSeqlensK)) {
+        call->past_capacity = call->layout.Capacity(call->past_blocks);
+      } else if (call->batch > 0) {
+        const Status status = ReadCacheHeader(call->layout, call->past_cache, call->past_blocks, &call->past_capacity);
+        if (!status.ok()) Fail({status.code, "past_cache of entry 0, head 0: " + status.message});
+      }
+    }
+  }
+  SetTotal(inputs, call);
+  call->present_blocks = std::max(call->past_blocks, call->layout.PackedBlocks(call->total));
+}
+
+void SparseAMXAttentionKernel::SetTotal(const Inputs& inputs, AttentionCall* call) const {
   call->total = call->past_capacity + call->new_keys;
   if (Has(Role::kSeqlensK)) {
     const Tensor &last = At(inputs, Role::kSeqlensK), &total = At(inputs, Role::kTotalSequenceLength);
@@ -255,22 +309,28 @@ void SparseAMXAttentionKernel::SetBiases(const Inputs& inputs, AttentionCall* ca
 void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, AttentionCall* call) const {
   size_t outputs = 0;
   Ort::ThrowOnError(api_.KernelContext_GetOutputCount(context, &outputs));
-  const auto output = [&](size_t index, const Shape& shape) -> float* {
+  const auto output = [&](size_t index, const Shape& shape) -> void* {
     OrtValue* value = nullptr;
     if (index >= outputs) return nullptr;
     Ort::ThrowOnError(api_.KernelContext_GetOutput(context, index, shape.begin(), shape.size(), &value));
     if (value == nullptr) return nullptr;
     void* data = nullptr;
     Ort::ThrowOnError(api_.GetTensorMutableData(value, &data));
-    return static_cast<float*>(data);
+    return data;
   };
   const int64_t batch = Signed(call->batch), kv_heads = Signed(options_.kv_heads), capacity = Signed(call->capacity);
-  call->output = output(SparseAMXAttention::kOutput,
-                        ShapeOf({batch, Signed(call->queries), Signed(options_.heads * call->value_size)}));
-  call->present_key =
-      output(SparseAMXAttention::kPresentKey, ShapeOf({batch, kv_heads, capacity, Signed(call->key_size)}));
-  call->present_value =
-      output(SparseAMXAttention::kPresentValue, ShapeOf({batch, kv_heads, capacity, Signed(call->value_size)}));
+  call->output = static_cast<float*>(output(
+      SparseAMXAttention::kOutput, ShapeOf({batch, Signed(call->queries), Signed(options_.heads * call->value_size)})));
+  if (options_.packed) {
+    call->present_cache =
+        static_cast<uint8_t*>(output(SparseAMXAttention::kPresentCache,
+                                     ShapeOf({batch, kv_heads, Signed(call->layout.RowBytes(call->present_blocks))})));
+    return;
+  }
+  call->present_key = static_cast<float*>(
+      output(SparseAMXAttention::kPresentKey, ShapeOf({batch, kv_heads, capacity, Signed(call->key_size)})));
+  call->present_value = static_cast<float*>(
+      output(SparseAMXAttention::kPresentValue, ShapeOf({batch, kv_heads, capacity, Signed(call->value_size)})));
   if ((call->present_key == nullptr) != (call->present_value == nullptr))
     Fail(Status::Invalid("it must have both outputs present_key and present_value, or neither"));
 }
@@ -281,7 +341,10 @@ void SparseAMXAttentionKernel::Compute(OrtKernelContext* context) const {
   ReadInputs(context, &query, &inputs);
   AttentionCall call;
   SetTokens(query, inputs, &call);
-  SetPast(inputs, &call);
+  if (options_.packed)
+    SetPackedPast(inputs, &call);
+  else
+    SetPast(inputs, &call);
   SetRotary(inputs, &call);
   SetBiases(inputs, &call);
   const Status status = attention_.Check(call);
@@ -299,7 +362,8 @@ void SparseAMXAttentionKernel::Compute(OrtKernelContext* context) const {
     call.key_bias = key_bias;
   }
   Host host = {&api_, context};
-  attention_.Run(call, scratch.get(), {Host::ParallelRun, &host});
+  const Status result = attention_.Run(call, scratch.get(), {Host::ParallelRun, &host});
+  if (!result.ok()) Fail(result);
 }
 
 OrtStatusPtr SparseAMXAttention::CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info,

@@ -18,6 +18,7 @@ enum class Role {
   kValue,
   kPastKey,
   kPastValue,
+  kPastCache,
   kSeqlensK,
   kTotalSequenceLength,
   kCosCache,
@@ -41,11 +42,14 @@ class SparseAMXAttentionKernel {
 
   void ReadRoles(const std::string& roles);
   void CheckRoles() const;
+  void CheckOutputs(const Ort::ConstKernelInfo& info) const;
   bool Has(Role role) const;
   void Compute(OrtKernelContext* context) const;
   void ReadInputs(OrtKernelContext* context, Tensor* query, Inputs* inputs) const;
   void SetTokens(const Tensor& query, const Inputs& inputs, AttentionCall* call) const;
   void SetPast(const Inputs& inputs, AttentionCall* call) const;
+  void SetPackedPast(const Inputs& inputs, AttentionCall* call) const;
+  void SetTotal(const Inputs& inputs, AttentionCall* call) const;
   void SetRotary(const Inputs& inputs, AttentionCall* call) const;
   void SetBiases(const Inputs& inputs, AttentionCall* call) const;
   void SetOutputs(OrtKernelContext* context, AttentionCall* call) const;
@@ -63,7 +67,7 @@ class SparseAMXAttentionKernel {
 
 struct SparseAMXAttention : Ort::CustomOpBase<SparseAMXAttention, SparseAMXAttentionKernel, true> {
   static constexpr size_t kQuery = 0, kInputs = 2;  // the second is as many as `roles` names
-  static constexpr size_t kOutput = 0, kPresentKey = 1, kPresentValue = 2, kOutputs = 3;
+  static constexpr size_t kOutput = 0, kPresentKey = 1, kPresentValue = 2, kPresentCache = 3, kOutputs = 4;
 
   // The interface's version, not that of the headers at hand: an older runtime refuses a newer one.
   SparseAMXAttention() {
@@ -83,7 +87,9 @@ struct SparseAMXAttention : Ort::CustomOpBase<SparseAMXAttention, SparseAMXAtten
   }
   bool GetVariadicInputHomogeneity() const { return false; }
   size_t GetOutputTypeCount() const { return kOutputs; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  ONNXTensorElementDataType GetOutputType(size_t i) const {
+    return i == kPresentCache ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t i) const {
     return i == kOutput ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }

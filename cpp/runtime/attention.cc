@@ -73,6 +73,9 @@ struct Slot {
   float *q, *sums, *turned, *scores, *max, *denominator;
   VisibleKeys* visible;
   const float** bias;
+  // Of a packed cache: the kernel's, and a rotated key.
+  uint8_t* packed;
+  float* key;
 };
 
 // Hands out the parts of a buffer, each aligned to 64 bytes.
@@ -104,18 +107,22 @@ struct Attention::Plan {
   bool present_here;                                   // the host has no present: scratch stands in for it
   bool append_first;                                   // new keys are written before anything is read, not on the way
   size_t slots;                                        // work items that may run at a time
+  size_t packed_bytes;                                 // scratch of the packed kernel, 0 without one
+  size_t open_blocks;                                  // dense ones in scratch, per row of a packed cache
   size_t items() const { return row_blocks * parts; }  // per entry and key and value head
 
   Slot TakeSlot(Carver* carver, const AttentionCall& c) const {
     Slot s;
     s.q = carver->Take<float>(block_rows * c.key_size);
     s.sums = carver->Take<float>(block_rows * c.value_size);
-    s.turned = carver->Take<float>(c.key_size * kKeyBlock);
+    s.turned = carver->Take<float>(packed_bytes != 0 ? 0 : c.key_size * kKeyBlock);
     s.scores = carver->Take<float>(block_rows * kKeyBlock);
     s.max = carver->Take<float>(block_rows);
     s.denominator = carver->Take<float>(block_rows);
     s.visible = carver->Take<VisibleKeys>(block_rows);
     s.bias = carver->Take<const float*>(block_rows);
+    s.packed = carver->Take<uint8_t>(packed_bytes);
+    s.key = carver->Take<float>(packed_bytes != 0 ? c.key_size : 0);
     return s;
   }
 };
@@ -127,10 +134,13 @@ Attention::Plan Attention::PlanFor(const AttentionCall& c) const {
   p.row_blocks = std::max<size_t>(1, CeilDiv(p.rows, kRowBlock));
   p.block_rows = std::min(p.rows, kRowBlock);
   p.parts = p.row_blocks == 1 ? std::max<size_t>(1, CeilDiv(c.total, kPartKeys)) : 1;
-  p.present_here = c.present_key == nullptr && (c.past_key != nullptr || c.cos != nullptr);
-  p.in_place = c.present_key == nullptr && !p.present_here;
+  const bool packed = options_.packed;
+  p.present_here = !packed && c.present_key == nullptr && (c.past_key != nullptr || c.cos != nullptr);
+  p.in_place = !packed && c.present_key == nullptr && !p.present_here;
   p.append_first = !p.in_place && (p.row_blocks > 1 || p.rows == 0);
   p.slots = std::min(c.batch * options_.kv_heads * p.items(), 2 * CpuCount());
+  p.packed_bytes = packed ? packed_kernel_->scratch_bytes(p.block_rows, c.key_size, c.value_size) : 0;
+  p.open_blocks = packed ? CeilDiv(kCacheBlock - 1 + c.new_keys, kCacheBlock) : 0;
   return p;
 }
 
@@ -143,15 +153,22 @@ struct Attention::Task {
   std::atomic<uint32_t>* busy;  // [slots]
   uint8_t* slot_memory;
   size_t slot_bytes;
+  uint8_t* open;                  // [batch][kv_heads][open_blocks] dense blocks
+  std::atomic<uint64_t>* damage;  // the first damaged block, rows after rows; all ones: none was met
   // Results of parts: [batch][kv_heads][parts] of sums [rows][value_size], max [rows], denominator [rows].
   float* partial;
 
   static void RunAppend(void* user, size_t item) { static_cast<const Task*>(user)->AppendItem(item); }
   static void RunAttend(void* user, size_t item) { static_cast<const Task*>(user)->AttendItem(item); }
   static void RunCombine(void* user, size_t item) { static_cast<const Task*>(user)->CombineItem(item); }
+  static void RunCommit(void* user, size_t item) { static_cast<const Task*>(user)->RowOf(item).Commit(); }
 
   size_t PartFloats() const { return plan.rows * (call.value_size + 2); }
   size_t Claim(size_t item) const;
+  CacheRow RowOf(size_t head) const;
+  void PrepareRow(size_t entry, size_t kv_head, size_t first, size_t last, float* rotated) const;
+  Status Damaged() const;
+  void AttendPacked(const AttentionJob& rows, uint8_t* memory, size_t head, size_t block) const;
   void Append(size_t entry, size_t kv_head, size_t first, size_t last) const;
   void AppendItem(size_t item) const;
   void FillRows(const Slot& slot, size_t entry, size_t kv_head, size_t first_row, size_t rows) const;
@@ -166,6 +183,7 @@ Status Attention::Init(const Options& options) {
   const Status status = ChooseLevel(options.isa, &level);
   if (!status.ok()) return status;
   kernel_ = &ChooseAttention(*level);
+  packed_kernel_ = &ChoosePackedAttention(*level);
   if (options.heads == 0 || options.kv_heads == 0 || options.heads % options.kv_heads != 0)
     return Status::Invalid("its " + std::to_string(options.heads) + " query heads cannot share " +
                            std::to_string(options.kv_heads) + " key and value heads equally");
@@ -173,6 +191,26 @@ Status Attention::Init(const Options& options) {
     return Status::Invalid("a window of " + std::to_string(options.window) + " keys makes no sense");
   if (options.window > 0 && !options.causal) return Status::Invalid("a window needs causal attention");
   if (!(options.softcap >= 0.0f)) return Status::Invalid("a softcap cannot be negative");
+  return CheckCacheOptions(options.cache);
+}
+
+// What the rows of an entry hold before the call.
+Status Attention::CheckPast(const AttentionCall& c, size_t entry, size_t past) const {
+  if (past == 0) return {};
+  for (size_t head = 0; head < options_.kv_heads; ++head) {
+    const size_t row_bytes = c.layout.RowBytes(c.past_blocks);
+    const std::string which = "past_cache of entry " + std::to_string(entry) + ", head " + std::to_string(head) + ": ";
+    size_t stored = 0;
+    const uint8_t* const row = c.past_cache + (entry * options_.kv_heads + head) * row_bytes;
+    const Status status = ReadCacheHeader(c.layout, row, c.past_blocks, &stored);
+    if (!status.ok()) return {status.code, which + status.message};
+    if (past > stored)
+      return Status::Invalid(which + "it holds " + std::to_string(stored) + " tokens, but the call has a past of " +
+                             std::to_string(past));
+    if (c.layout.PackedBlocks(past) != c.layout.PackedBlocks(stored))
+      return Status::Invalid(which + "of its " + std::to_string(stored) + " tokens, blocks after the first " +
+                             std::to_string(past) + ", the past of the call, are packed already");
+  }
   return {};
 }
 
@@ -195,6 +233,10 @@ Status Attention::Check(const AttentionCall& c) const {
                                " tokens, but the past cache holds at most " + std::to_string(c.past_capacity));
     }
     const Lengths lengths = LengthsOf(c, entry);
+    if (options_.packed) {
+      const Status status = CheckPast(c, entry, lengths.past);
+      if (!status.ok()) return status;
+    }
     for (size_t s = 0; c.cos != nullptr && s < std::min(c.queries, lengths.fresh); ++s) {
       const int64_t position = PositionOf(c, lengths, entry, s);
       if (position < 0 || static_cast<uint64_t>(position) >= c.rotary_positions)
@@ -218,6 +260,10 @@ size_t Attention::ScratchBytes(const AttentionCall& c) const {
     carver.Take<float>(c.batch * options_.kv_heads * c.total * c.key_size);
     carver.Take<float>(c.batch * options_.kv_heads * c.total * c.value_size);
   }
+  if (options_.packed) {
+    carver.Take<std::atomic<uint64_t>>(1);
+    carver.Take<uint8_t>(c.batch * options_.kv_heads * plan.open_blocks * c.layout.dense_bytes);
+  }
   return carver.used();
 }
 
@@ -228,6 +274,60 @@ size_t Attention::Task::Claim(size_t item) const {
     if (busy[i].exchange(1, std::memory_order_acquire) == 0) return i;
     if (i + 1 == plan.slots) std::this_thread::yield();
   }
+}
+
+CacheRow Attention::Task::RowOf(size_t head) const {
+  const AttentionCall& c = call;
+  const Lengths lengths = LengthsOf(c, head / attention->options_.kv_heads);
+  CacheRow row = {};
+  row.layout = &c.layout;
+  row.before = lengths.past;
+  row.after = lengths.total;
+  row.past_blocks = c.past_blocks;
+  row.present_blocks = c.present_blocks;
+  row.open = open + head * plan.open_blocks * c.layout.dense_bytes;
+  if (c.past_cache != nullptr) row.past = c.past_cache + head * c.layout.RowBytes(c.past_blocks);
+  if (c.present_cache != nullptr) row.present = c.present_cache + head * c.layout.RowBytes(c.present_blocks);
+  return row;
+}
+
+// What Append does, for a packed cache: the tokens [first, last) of whole blocks; new ones stay in scratch.
+void Attention::Task::PrepareRow(size_t entry, size_t kv_head, size_t first, size_t last, float* rotated) const {
+  const AttentionCall& c = call;
+  const Lengths lengths = LengthsOf(c, entry);
+  const CacheRow row = RowOf(entry * attention->options_.kv_heads + kv_head);
+  last = std::min(last, lengths.total);
+  for (size_t t = first; t < last; t += kCacheBlock) row.Prepare(t / kCacheBlock);
+  for (size_t t = std::max(first, lengths.past); t < last; ++t) {
+    const size_t token = t - lengths.past;
+    const float* key = c.key + (entry * c.new_keys + token) * c.key_stride + kv_head * c.key_size;
+    const float* const value = c.value + (entry * c.new_keys + token) * c.value_stride + kv_head * c.value_size;
+    if (c.cos != nullptr) {
+      const size_t at = static_cast<size_t>(PositionOf(c, lengths, entry, token)) * c.rotary_half;
+      RotateHead(key, rotated, c.key_size, c.cos + at, c.sin + at, c.rotary_half, attention->options_.interleaved,
+                 1.0f);
+      key = rotated;
+    }
+    WriteCacheToken(c.layout, key, value, t % kCacheBlock, row.Open(t / kCacheBlock));
+  }
+}
+
+void Attention::Task::AttendPacked(const AttentionJob& rows, uint8_t* memory, size_t head, size_t block) const {
+  PackedAttentionJob job = {rows, {}, {}, memory};
+  RowOf(head).Locate(block, &job.keys, &job.values);
+  if (attention->packed_kernel_->attend(job)) return;
+  const uint64_t place = head * CeilDiv(call.total, kCacheBlock) + block;
+  uint64_t first = damage->load();
+  while (place < first && !damage->compare_exchange_weak(first, place)) {
+  }
+}
+
+Status Attention::Task::Damaged() const {
+  const uint64_t blocks = CeilDiv(call.total, kCacheBlock), head = *damage / blocks;
+  const uint64_t kv_heads = attention->options_.kv_heads;
+  return Status::Damaged("past_cache of entry " + std::to_string(head / kv_heads) + ", head " +
+                         std::to_string(head % kv_heads) + ": the bitmap of block " + std::to_string(*damage % blocks) +
+                         " does not have as many bits as there are numbers");
 }
 
 // Brings the cache rows [first, last) of one head into present: from the past unless it is the same memory, from the
@@ -264,8 +364,12 @@ void Attention::Task::Append(size_t entry, size_t kv_head, size_t first, size_t 
 void Attention::Task::AppendItem(size_t item) const {
   const size_t chunks = CeilDiv(call.capacity, kAppendKeys);
   const size_t first = item % chunks * kAppendKeys, head = item / chunks;
-  const size_t kv_heads = attention->options_.kv_heads;
-  Append(head / kv_heads, head % kv_heads, first, std::min(call.capacity, first + kAppendKeys));
+  const size_t kv_heads = attention->options_.kv_heads, last = std::min(call.capacity, first + kAppendKeys);
+  if (!attention->options_.packed) return Append(head / kv_heads, head % kv_heads, first, last);
+  const size_t claimed = Claim(item);
+  Carver carver(slot_memory + claimed * slot_bytes);
+  PrepareRow(head / kv_heads, head % kv_heads, first, last, plan.TakeSlot(&carver, call).key);
+  busy[claimed].store(0, std::memory_order_release);
 }
 
 // The rows [first_row, first_row + rows) of a group: rotated and scaled queries, what they see, and no sums yet.
@@ -316,6 +420,7 @@ void Attention::Task::AttendItem(size_t item) const {
   }
   FillRows(slot, entry, kv_head, first_row, rows);
 
+  const bool packed = attention->options_.packed;
   const bool append = !plan.in_place && !plan.append_first;
   const bool is_last_part = part + 1 == plan.parts;
   const size_t begin = part * kPartKeys * (plan.parts > 1 ? 1 : 0);
@@ -343,17 +448,25 @@ void Attention::Task::AttendItem(size_t item) const {
   job.sums = slot.sums;
   job.turned = slot.turned;
   job.scores = slot.scores;
+  if (packed) attention->packed_kernel_->begin({job, {}, {}, slot.packed});
   for (size_t t = begin; t < end; t += kKeyBlock) {
     const size_t block_end = std::min(end, t + kKeyBlock);
-    if (append) Append(entry, kv_head, t, block_end);
+    if (append && packed)
+      PrepareRow(entry, kv_head, t, block_end, slot.key);
+    else if (append)
+      Append(entry, kv_head, t, block_end);
     if (block_end <= first_seen || t >= last_seen) continue;
-    job.k = keys + t * job.k_stride;
-    job.v = values + t * job.v_stride;
     job.first_key = static_cast<uint32_t>(t);
     job.keys = block_end - t;
+    if (packed) {
+      AttendPacked(job, slot.packed, head, t / kCacheBlock);
+      continue;
+    }
+    job.k = keys + t * job.k_stride;
+    job.v = values + t * job.v_stride;
     attention->kernel_->attend(job);
   }
-  if (append && is_last_part) Append(entry, kv_head, std::max(begin, lengths.total), c.capacity);
+  if (append && is_last_part && !packed) Append(entry, kv_head, std::max(begin, lengths.total), c.capacity);
   if (plan.parts == 1)
     for (size_t r = 0; r < rows; ++r)
       Finish(entry, kv_head, first_row + r, slot.max[r], slot.denominator[r], slot.sums + r * c.value_size);
@@ -397,13 +510,13 @@ void Attention::Task::Finish(size_t entry, size_t kv_head, size_t row, float max
   for (size_t i = 0; i < c.value_size; ++i) out[i] = sums[i] * factor;
 }
 
-void Attention::Run(const AttentionCall& call, void* scratch, const ParallelFor& parallel) const noexcept {
+Status Attention::Run(const AttentionCall& call, void* scratch, const ParallelFor& parallel) const noexcept {
   const size_t kv_heads = options_.kv_heads;
   Task task = {};
   task.attention = this;
   task.call = call;
   task.plan = PlanFor(call);
-  if (call.batch == 0) return;
+  if (call.batch == 0) return {};
   task.scale = options_.scale != 0.0f ? options_.scale : 1.0f / std::sqrt(static_cast<float>(call.key_size));
   Carver carver(static_cast<uint8_t*>(scratch));
   task.busy = carver.Take<std::atomic<uint32_t>>(task.plan.slots);
@@ -419,15 +532,22 @@ void Attention::Run(const AttentionCall& call, void* scratch, const ParallelFor&
     task.call.present_key = carver.Take<float>(call.batch * kv_heads * call.total * call.key_size);
     task.call.present_value = carver.Take<float>(call.batch * kv_heads * call.total * call.value_size);
   }
+  if (options_.packed) {
+    task.damage = new (carver.Take<std::atomic<uint64_t>>(1)) std::atomic<uint64_t>(~uint64_t{0});
+    task.open = carver.Take<uint8_t>(call.batch * kv_heads * task.plan.open_blocks * call.layout.dense_bytes);
+    task.call.capacity = call.total;
+  }
   auto run = [&](size_t count, void (*body)(void*, size_t)) {
     if (count == 0) return;
     if (count == 1) return body(&task, 0);
     parallel.run(parallel.host, count, body, &task);
   };
   if (task.plan.append_first) run(call.batch * kv_heads * CeilDiv(task.call.capacity, kAppendKeys), Task::RunAppend);
-  if (task.plan.rows == 0) return;
-  run(call.batch * kv_heads * task.plan.items(), Task::RunAttend);
-  if (task.plan.parts > 1) run(call.batch * kv_heads, Task::RunCombine);
+  if (task.plan.rows != 0) run(call.batch * kv_heads * task.plan.items(), Task::RunAttend);
+  if (task.damage != nullptr && task.damage->load() != ~uint64_t{0}) return task.Damaged();
+  if (task.plan.rows != 0 && task.plan.parts > 1) run(call.batch * kv_heads, Task::RunCombine);
+  if (call.present_cache != nullptr) run(call.batch * kv_heads, Task::RunCommit);
+  return {};
 }
 
 }  // namespace sparamx

@@ -6,8 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "format/packed_format.h"
+#include "format/packed_cache.h"
 #include "kernels/attention_kernel.h"
+#include "kernels/packed_attention_kernel.h"
+#include "runtime/cache_row.h"
 #include "runtime/matmul.h"
 
 namespace sparamx {
@@ -27,6 +29,14 @@ struct AttentionCall {
   size_t past_capacity = 0;
   float *present_key = nullptr, *present_value = nullptr;
   size_t capacity = 0;
+
+  // A packed cache in place of the six above, but for past_capacity: [batch][kv_heads] rows, which have room for so
+  // many packed blocks. Past and present may be the same memory.
+  CacheLayout layout = {};
+  const uint8_t* past_cache = nullptr;
+  size_t past_blocks = 0;
+  uint8_t* present_cache = nullptr;
+  size_t present_blocks = 0;
 
   const int32_t* last_keys = nullptr;  // [batch], the number of an entry's last key; null: all entries have all keys
   size_t total = 0;                    // keys of the longest entry, past and new
@@ -53,6 +63,8 @@ class Attention {
     bool causal = true;
     bool interleaved = false;   // rotary pairs stand side by side, not half a head apart
     bool smooth = false;        // a sink of score zero for every head
+    bool packed = false;        // the cache is packed
+    CacheOptions cache;         // how
     const char* isa = nullptr;  // a level's name; null: SPARAMX_ISA or the best
   };
 
@@ -64,18 +76,21 @@ class Attention {
   // Bytes that Run needs for a checked call; align them to 64.
   size_t ScratchBytes(const AttentionCall& call) const;
 
-  // The result does not depend on the number of threads.
-  void Run(const AttentionCall& call, void* scratch, const ParallelFor& parallel) const noexcept;
+  // The result does not depend on the number of threads. A packed cache may turn out to be damaged: then nothing has
+  // been written to a present cache that is the past one, too.
+  Status Run(const AttentionCall& call, void* scratch, const ParallelFor& parallel) const noexcept;
 
-  const char* path() const { return kernel_->path; }
+  const char* path() const { return options_.packed ? packed_kernel_->path : kernel_->path; }
 
  private:
   struct Plan;
   struct Task;
   Plan PlanFor(const AttentionCall& call) const;
+  Status CheckPast(const AttentionCall& call, size_t entry, size_t past) const;
 
   Options options_;
   const AttentionKernel* kernel_ = nullptr;
+  const PackedAttentionKernel* packed_kernel_ = nullptr;
 };
 
 }  // namespace sparamx

@@ -115,6 +115,15 @@ const AttentionKernel& ChooseAttention(const Level& level) {
   return *kernel;  // the lowest level has one
 }
 
+const PackedAttentionKernel& ChoosePackedAttention(const Level& level) {
+  const PackedAttentionKernel* kernel = nullptr;
+  for (const Level* candidate : Levels()) {
+    if (candidate->packed_attention != nullptr) kernel = candidate->packed_attention;
+    if (candidate == &level) break;
+  }
+  return *kernel;  // the lowest level has one
+}
+
 std::string CpuInfoJson() {
   std::string features;
   for (const std::string& name : FeatureNames()) features += (features.empty() ? "" : ", ") + Quoted(name);
@@ -137,6 +146,7 @@ std::string CpuInfoJson() {
         (t ? ", " : "") + Quoted(kTypeNames[t]) + ": " + KernelsJson(*level, forced, type, DefaultActivations(type));
   }
   json += "}, \"attention\": " + (status.ok() ? Quoted(ChooseAttention(*level).path) : "null");
+  json += ", \"packed_attention\": " + (status.ok() ? Quoted(ChoosePackedAttention(*level).path) : "null");
   return json + "}";
 }
 

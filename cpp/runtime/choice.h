@@ -23,9 +23,10 @@ const Kernel* ChooseKernel(const Level& level, bool forced, WeightType type, Act
 
 // The attention kernel of a level, or that of the next lower one that has its own.
 const AttentionKernel& ChooseAttention(const Level& level);
+const PackedAttentionKernel& ChoosePackedAttention(const Level& level);
 
 // One JSON document for `sparamx-onnx info`: CPU, features, levels with reasons, the choice per weight type and M, and
-// the kernel of attention.
+// the kernels of attention.
 std::string CpuInfoJson();
 
 }  // namespace sparamx

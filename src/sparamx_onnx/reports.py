@@ -246,6 +246,7 @@ def environment_text(result: Environment) -> str:
         ("level in force", f"{cpu['level'] or 'none'}: {cpu['reason']}"),
         ("kernels", _kernels(cpu["kernels"]) or "none"),
         ("attention", cpu["attention"] or "none"),
+        ("packed attention", cpu["packed_attention"] or "none"),
     ]
     width = max(len(name) for name, _ in facts)
     table = render((Column("level"), Column("runs"), Column("why", shrinks=True)), levels)

@@ -1,0 +1,44 @@
+// What an instruction-set level offers to attention over a packed cache (docs/attention.md). The rules of
+// kernel_table.h hold: plain data, no templates of the standard library.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/attention_kernel.h"
+
+namespace sparamx {
+
+// A matrix of bf16 tiles, strip after strip: keys as [numbers][tokens], values as [tokens][numbers]. With `masks` only
+// the numbers whose bit is set stand in `values`, and there should be `kept` of them. A damaged bitmap may have more:
+// 64 bytes after as many as the whole matrix has must be readable.
+struct CacheTiles {
+  const uint8_t* masks;  // null: dense
+  const uint8_t* values;
+  size_t kept;
+  size_t strips, tiles;  // 16 columns, and 32 rows, each
+};
+
+struct PackedAttentionJob {
+  AttentionJob rows;  // its keys and values are those of the block
+  CacheTiles keys, values;
+  uint8_t* scratch;  // what `begin` left, and room for more
+};
+
+struct PackedAttentionKernel {
+  const char* path;
+  // Bytes of a job's scratch, aligned to 64, for so many rows at most.
+  size_t (*scratch_bytes)(size_t rows, size_t key_size, size_t value_size);
+  // Once for some rows, before their first block: looks at the queries alone.
+  void (*begin)(const PackedAttentionJob& job);
+  // One block. False: a bitmap does not have as many bits as it should.
+  bool (*attend)(const PackedAttentionJob& job);
+};
+
+extern const PackedAttentionKernel kScalarPackedAttention;
+extern const PackedAttentionKernel kAvx2PackedAttention;
+extern const PackedAttentionKernel kAvx512PackedAttention;
+extern const PackedAttentionKernel kAvx512Vbmi2PackedAttention;
+extern const PackedAttentionKernel kAmxPackedAttention;
+
+}  // namespace sparamx
