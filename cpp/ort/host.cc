@@ -185,8 +185,4 @@ void* Scratch::get() {
   return reinterpret_cast<void*>(RoundUp(reinterpret_cast<uintptr_t>(allocated_), 64));
 }
 
-OrtStatus* StatusOf(const std::exception& e) {
-  return Ort::GetApi().CreateStatus(ORT_FAIL, e.what());
-}
-
 }  // namespace sparamx

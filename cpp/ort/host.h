@@ -105,6 +105,17 @@ class Scratch {
   alignas(64) uint8_t stack_[kOnStack];
 };
 
-OrtStatus* StatusOf(const std::exception& e);
+// What `body` throws as a status; null where it throws nothing.
+template <class Body>
+OrtStatus* StatusOf(const OrtApi& api, const Body& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Ort::Exception& e) {
+    return api.CreateStatus(e.GetOrtErrorCode(), e.what());
+  } catch (const std::exception& e) {
+    return api.CreateStatus(ORT_FAIL, e.what());
+  }
+}
 
 }  // namespace sparamx

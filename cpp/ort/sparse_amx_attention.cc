@@ -131,14 +131,7 @@ bool SparseAMXAttentionKernel::Has(Role role) const {
 }
 
 OrtStatusPtr SparseAMXAttentionKernel::ComputeV2(OrtKernelContext* context) noexcept {
-  try {
-    Compute(context);
-    return nullptr;
-  } catch (const Ort::Exception& e) {
-    return api_.CreateStatus(e.GetOrtErrorCode(), e.what());
-  } catch (const std::exception& e) {
-    return StatusOf(e);
-  }
+  return StatusOf(api_, [&] { Compute(context); });
 }
 
 void SparseAMXAttentionKernel::Expect(const Tensor& tensor, const char* name, const Shape& shape) const {
@@ -368,24 +361,17 @@ void SparseAMXAttentionKernel::Compute(OrtKernelContext* context) const {
 
 OrtStatusPtr SparseAMXAttention::CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info,
                                                 void** kernel) const noexcept {
-  try {
-    *kernel = new SparseAMXAttentionKernel(api, info);
-    return nullptr;
-  } catch (const Ort::Exception& e) {
-    return api.CreateStatus(e.GetOrtErrorCode(), e.what());
-  } catch (const std::exception& e) {
-    return StatusOf(e);
-  }
+  return StatusOf(api, [&] { *kernel = new SparseAMXAttentionKernel(api, info); });
 }
 
 // The output has the query's shape, but for the last dimension where keys or values lie in the query or differ in size.
 // Without this, ONNX Runtime loses the fusions around the node.
 OrtStatusPtr SparseAMXAttention::InferOutputShapes(const OrtCustomOp*, OrtShapeInferContext* context) noexcept {
-  try {
+  return StatusOf(Ort::GetApi(), [&] {
     InferredShape shape = InferredInputShape(context, kQuery);
     const std::vector<int64_t> heads = InferredInts(context, "num_heads"),
                                kv_heads = InferredInts(context, "kv_num_heads");
-    if (shape.lengths.size() != 3 || heads.size() != 1 || kv_heads.size() != 1) return nullptr;
+    if (shape.lengths.size() != 3 || heads.size() != 1 || kv_heads.size() != 1) return;
     const std::string roles = "," + InferredString(context, "roles") + ",";
     const size_t value = roles.find(",value,");
     const bool packed = value == std::string::npos;
@@ -399,10 +385,7 @@ OrtStatusPtr SparseAMXAttention::InferOutputShapes(const OrtCustomOp*, OrtShapeI
     const bool known = from > 0 && parts > 0 && from % parts == 0;
     shape.SetLength(2, known ? from / parts * heads[0] : -1);
     InferOutput(context, kOutput, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-    return nullptr;
-  } catch (const std::exception& e) {
-    return StatusOf(e);
-  }
+  });
 }
 
 }  // namespace sparamx

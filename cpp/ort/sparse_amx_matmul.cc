@@ -105,14 +105,7 @@ const void* SparseAMXMatMulKernel::Bias(const OrtValue* value) const {
 }
 
 OrtStatusPtr SparseAMXMatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
-  try {
-    Compute(context);
-    return nullptr;
-  } catch (const Ort::Exception& e) {
-    return api_.CreateStatus(e.GetOrtErrorCode(), e.what());
-  } catch (const std::exception& e) {
-    return StatusOf(e);
-  }
+  return StatusOf(api_, [&] { Compute(context); });
 }
 
 void SparseAMXMatMulKernel::Compute(OrtKernelContext* context) const {
@@ -158,32 +151,22 @@ void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& ma
 
 OrtStatusPtr SparseAMXMatMul::CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info,
                                              void** kernel) const noexcept {
-  try {
-    *kernel = new SparseAMXMatMulKernel(api, info, element_);
-    return nullptr;
-  } catch (const Ort::Exception& e) {
-    return api.CreateStatus(e.GetOrtErrorCode(), e.what());
-  } catch (const std::exception& e) {
-    return StatusOf(e);
-  }
+  return StatusOf(api, [&] { *kernel = new SparseAMXMatMulKernel(api, info, element_); });
 }
 
 // Every output has X's shape with its own number of columns for its last dimension. Without this, ONNX Runtime loses
 // the fusions around the node.
 OrtStatusPtr SparseAMXMatMul::InferOutputShapes(const OrtCustomOp*, OrtShapeInferContext* context) noexcept {
-  try {
+  return StatusOf(Ort::GetApi(), [&] {
     InferredShape shape = InferredInputShape(context, kX);
-    if (shape.lengths.empty()) return nullptr;  // X's rank is not known: neither is Y's
+    if (shape.lengths.empty()) return;  // X's rank is not known: neither is Y's
     std::vector<int64_t> columns = InferredInts(context, "splits");
     if (columns.empty()) columns = InferredInts(context, "N");
     for (size_t i = 0; i < columns.size(); ++i) {
       shape.SetLength(shape.lengths.size() - 1, columns[i]);
       InferOutput(context, i, shape, shape.type);
     }
-    return nullptr;
-  } catch (const std::exception& e) {
-    return StatusOf(e);
-  }
+  });
 }
 
 }  // namespace sparamx
