@@ -144,7 +144,7 @@ class Stack:
             if name == "ort-int8":
                 _quantize_int8(dense, made)
             elif name == "ort-int4":
-                _quantize_int4(dense, made)
+                quantize_int4(dense, made)
             else:
                 sparamx_onnx.convert(dense, made, method="keep", weights=name.removeprefix("packed-"))
             # The model last: where it is, it is whole.
@@ -159,7 +159,8 @@ def _quantize_int8(dense: Path, out: Path) -> None:
     quantize_dynamic(dense, out, weight_type=QuantType.QInt8, use_external_data_format=True)
 
 
-def _quantize_int4(dense: Path, out: Path) -> None:
+def quantize_int4(dense: Path, out: Path) -> None:
+    """ONNX Runtime's 4-bit form of every MatMul."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(onnx.load(dense), block_size=32, is_symmetric=True, accuracy_level=4)

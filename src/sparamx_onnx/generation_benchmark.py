@@ -140,7 +140,7 @@ def bench_generation(
     if report is not None:
         files = tuple(file for one in loaded for file in (one.path, *one.data_files))
         check_report(Path(report), others=files, force=force)
-    jobs = [_job(one, prompt, context, batch, threads) for one in loaded]
+    jobs = [decoder_job(one, prompt, context, batch, threads) for one in loaded]
     del loaded  # the graphs, and inline weights with them, are no use while the workers run
     with contextlib.ExitStack() as stack:
         if progress is not None:
@@ -167,9 +167,14 @@ def bench_generation(
     return result
 
 
-def _job(
+def decoder_job(
     loaded: LoadedModel, prompt: int | None, context: int | None, batch: int, threads: int | None
 ) -> dict[str, Any]:
+    """The job of a worker (see bench_worker) that runs a decoder; the arguments are those of ``bench_generation``.
+
+    Raises:
+        SparamxError: The model is no decoder.
+    """
     if not is_decoder(loaded.model):
         raise SparamxError(f"{loaded.path}: takes no key-value cache, so it has neither prompt nor context")
     bounds = [feed.value for feed in plan_feeds(loaded.model).feeds if feed.fill == "ids"]

@@ -203,3 +203,33 @@ def test_quality_orders_the_methods(tmp_path: Path) -> None:
     for figure in ("cosine", "neighbours"):
         assert rows["magnitude"][figure] < rows["wanda"][figure] < rows["sparsegpt"][figure]
     assert rows["sparsegpt"]["cosine"] > 0.9
+
+
+def test_generation_compares_decoders_and_counts_shared_memory(tmp_path: Path) -> None:
+    options = ["--hidden=128", "--layers=2", "--heads=4", "--kv-heads=2", "--intermediate=96", "--vocab=320"]
+    options += ["--positions=1024", "--context=24", "--prompt=16", "--rounds=2", "--processes=2"]
+    options += ["--folder", str(tmp_path / "models")]
+    document, printed = run("generation.py", tmp_path, *options, "--weights", "bf16", "int4")
+    cells = {(cell["ours"], cell["theirs"], cell["what"]): cell for cell in document["cells"]}
+    assert set(cells) == {
+        *(
+            (ours, theirs, what)
+            for ours, theirs in (("bf16", "dense"), ("int4", "nbits"))
+            for what in ("context", "prompt")
+        ),
+        *((weights, None, "processes") for weights in ("bf16", "int4")),
+    }
+    for cell in document["cells"]:
+        assert cell["file_bytes"] > 0
+        if cell["what"] == "processes":
+            assert len(cell["processes"]) == 2
+            assert all(memory["pss"] > 0 for memory in cell["processes"])
+        else:
+            low, high = cell["faster_quartiles"]
+            assert 0 < low <= high
+            assert all(rate > 0 for rate in cell["tokens_per_second"])
+    assert "2 processes on bf16" in printed
+    # What is there is not measured again.
+    again, printed = run("generation.py", tmp_path, *options, "--weights", "bf16", "int4")
+    assert again["cells"] == document["cells"]
+    assert "processes on" not in printed
