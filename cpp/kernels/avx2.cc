@@ -96,7 +96,6 @@ struct Avx2Base {
 struct Avx2Fp32 : Avx2Base {
   static constexpr int kSteps = 16;
   static constexpr size_t kPanelTileBytes = 16 * 64;
-  static constexpr size_t kPanelTiles = 16;
 
   template <bool Sparse>
   static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
@@ -126,7 +125,6 @@ struct Avx2Fp32 : Avx2Base {
 struct Avx2Bf16 : Avx2Base {
   static constexpr int kSteps = 32;
   static constexpr size_t kPanelTileBytes = 32 * 64;
-  static constexpr size_t kPanelTiles = 8;
 
   // Eight bf16: four columns of two parts.
   template <bool Sparse>
@@ -326,11 +324,11 @@ const Level kAvx2Level = {
     "avx2",
     kAvx2,
     {
-        {{"avx2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx2Fp32>}, {}},
-        {{"avx2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx2Bf16>},
-         {"avx2", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx2Bf16>}},
-        {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Int8, false>}},
-        {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Int4, true>}},
+        {{"avx2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx2Fp32>, true}, {}},
+        {{"avx2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx2Bf16>, true},
+         {"avx2", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx2Bf16>, true}},
+        {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Int8, false>, false}},
+        {{}, {}, {"avx2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx2Int4, true>, false}},
     },
     FinishRows,
     HalvesToFloats,

@@ -27,7 +27,6 @@ namespace {
 struct Avx512Fp32 : Avx512Base {
   static constexpr int kSteps = 16;
   static constexpr size_t kPanelTileBytes = 16 * 64;
-  static constexpr size_t kPanelTiles = 16;
 
   template <bool Sparse>
   static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
@@ -80,7 +79,6 @@ constexpr WordTable kWordTable = MakeWordTable();
 struct Avx512Bf16 : Avx512Base {
   static constexpr int kSteps = 32;
   static constexpr size_t kPanelTileBytes = 32 * 64;
-  static constexpr size_t kPanelTiles = 8;
 
   static SPARAMX_INLINE __m512i Lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
     __m512i lanes = _mm512_castsi128_si512(LoadLane(a));
@@ -192,11 +190,11 @@ const Level kAvx512Level = {
     "avx512",
     kAvx2 | kAvx512,
     {
-        {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Fp32>}, {}},
-        {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Bf16>},
-         {"avx512", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx512Bf16>}},
-        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int8, false>}},
-        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int4, true>}},
+        {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Fp32>, true}, {}},
+        {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Bf16>, true},
+         {"avx512", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx512Bf16>, true}},
+        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int8, false>, false}},
+        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int4, true>, false}},
     },
     FinishRows,
     HalvesToFloats,

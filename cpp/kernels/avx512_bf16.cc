@@ -15,7 +15,6 @@ namespace {
 struct Bf16Bf16 : Avx512Base {
   static constexpr int kSteps = 16;
   static constexpr size_t kPanelTileBytes = 16 * 64;
-  static constexpr size_t kPanelTiles = 16;
 
   static SPARAMX_INLINE Vec Multiply(Vec sum, Vec w, const uint8_t* x) {
     const __m512i pair = _mm512_set1_epi32(static_cast<int>(LoadU32(x)));
@@ -36,7 +35,7 @@ const Level kAvx512Bf16Level = {
     kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kGfni | kAvx512Bf16,
     {
         {},
-        {{}, {"avx512_bf16", 1, RowBytesBf16, PackRowsBf16, MultiplyStrips<Bf16Bf16>}},
+        {{}, {"avx512_bf16", 1, RowBytesBf16, PackRowsBf16, MultiplyStrips<Bf16Bf16>, true}},
         {},
         {},
     },

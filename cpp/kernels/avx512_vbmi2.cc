@@ -17,7 +17,6 @@ namespace {
 struct Vbmi2Bf16 : Avx512Base {
   static constexpr int kSteps = 32;
   static constexpr size_t kPanelTileBytes = 32 * 64;
-  static constexpr size_t kPanelTiles = 8;
 
   template <bool Sparse>
   static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
@@ -62,10 +61,14 @@ const Level kAvx512Vbmi2Level = {
     kAvx2 | kAvx512 | kAvx512Vbmi2 | kAvx512Vnni | kGfni,
     {
         {},
-        {{"avx512_vbmi2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>},
-         {"avx512_vbmi2", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Vbmi2Bf16>}},
-        {{}, {}, {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, false>}},
-        {{}, {}, {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, true>}},
+        {{"avx512_vbmi2", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Vbmi2Bf16>, true},
+         {"avx512_vbmi2", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Vbmi2Bf16>, true}},
+        {{},
+         {},
+         {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, false>, false}},
+        {{},
+         {},
+         {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, true>, false}},
     },
     FinishRows,
     HalvesToFloats,

@@ -43,6 +43,7 @@ struct Kernel {
   // Packs rows [0, rows) of X[rows, K] to out, padded with zeros to whole tiles.
   void (*pack_rows)(const PackedView& weights, const float* x, size_t rows, void* out, size_t out_row_bytes);
   void (*multiply)(const MatMulJob& job);
+  bool goes_by_runs;  // with many rows multiply needs X run by run, otherwise all of K for every strip
 };
 
 struct Level {

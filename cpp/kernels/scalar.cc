@@ -48,7 +48,6 @@ struct ScalarBase {
 struct ScalarFp32 : ScalarBase {
   static constexpr int kSteps = 16;
   static constexpr size_t kPanelTileBytes = 16 * 64;
-  static constexpr size_t kPanelTiles = 16;
 
   template <bool Sparse>
   static const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
@@ -71,7 +70,6 @@ struct ScalarFp32 : ScalarBase {
 struct ScalarBf16 : ScalarBase {
   static constexpr int kSteps = 32;
   static constexpr size_t kPanelTileBytes = 32 * 64;  // expanded to fp32, one row per k
-  static constexpr size_t kPanelTiles = 8;
 
   template <bool Sparse>
   static const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
@@ -175,11 +173,11 @@ const Level kScalarLevel = {
     "scalar",
     0,
     {
-        {{"scalar", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<ScalarFp32>}, {}},
-        {{"scalar", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<ScalarBf16>},
-         {"scalar", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<ScalarBf16>}},
-        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<false>}},
-        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<true>}},
+        {{"scalar", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<ScalarFp32>, true}, {}},
+        {{"scalar", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<ScalarBf16>, true},
+         {"scalar", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<ScalarBf16>, true}},
+        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<false>, false}},
+        {{}, {}, {"scalar", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantizedScalar<true>, false}},
     },
     FinishRows,
     HalvesToFloats,

@@ -20,10 +20,12 @@ constexpr uint64_t kSpareItemBytes = 256 * 1024;
 constexpr size_t kItemsPerCpu = 8;
 // Parts that a product with few strips is cut into along K: fixed, as it changes the order of summation.
 constexpr size_t kKParts = 16;
-// Rows per pass over the weights: a tile is expanded once for all of them. X is read again for every strip pair, so it
-// should stay in the L2.
+// Rows per pass over the weights: a tile is expanded once for all of them. X, or a run of it, is read again for every
+// strip pair, so it should stay in the L2; beside a run of X lie the panels.
 constexpr size_t kMaxPassRows = 512, kMinPassRows = 64;
-constexpr size_t kPassBytes = 1152 * 1024;
+constexpr size_t kPassBytes = 1152 * 1024, kRunPassBytes = 576 * 1024;
+// Rows from which on kernels hold several rows of X in the L1.
+constexpr size_t kBlockedRows = 9;
 // Multiply-adds that weigh as much as a packed byte from memory: with more rows, smaller pieces are worth a thread.
 constexpr uint64_t kRowsPerByte = 4;
 // Strips are handed out in pairs, as the register blocks of larger M take them.
@@ -131,8 +133,10 @@ MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
   const Kernel& kernel = KernelFor(rows);
   const bool whole_tiles = weights_.k % TileK(weights_.type) == 0;
   const size_t item_rows = std::max<size_t>(1, CeilDiv(kSerialPackElements, std::max<size_t>(1, weights_.k)));
-  if (activations_ == Activations::kFp32 && whole_tiles && element_ == Element::kFp32)
-    return {true, weights_.k * sizeof(float), 0, item_rows};
+  const size_t x_bytes = weights_.k * sizeof(float);
+  const bool strided_well = rows < kBlockedRows || UnaliasedStride(x_bytes) == x_bytes;
+  if (activations_ == Activations::kFp32 && whole_tiles && element_ == Element::kFp32 && strided_well)
+    return {true, x_bytes, 0, item_rows};
   const size_t row_bytes = UnaliasedStride(RoundUp(kernel.x_row_bytes(weights_), 64));
   return {false, row_bytes, RoundUp(rows, kernel.x_row_multiple) * row_bytes, item_rows};
 }
@@ -140,7 +144,10 @@ MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
 // What changes the order of summation (K parts, passes) depends on the shape alone, not on threads or values.
 MatMul::Split MatMul::SplitFor(size_t rows) const {
   Split split;
-  const size_t fitting = kPassBytes / std::max<size_t>(1, PackedXFor(rows).row_bytes) / kMinPassRows * kMinPassRows;
+  const bool by_runs = KernelFor(rows).goes_by_runs;
+  const size_t row_bytes = PackedXFor(rows).row_bytes / (by_runs ? std::max<size_t>(1, weights_.runs) : 1);
+  const size_t fitting =
+      (by_runs ? kRunPassBytes : kPassBytes) / std::max<size_t>(1, row_bytes) / kMinPassRows * kMinPassRows;
   const size_t most_rows = std::min(kMaxPassRows, std::max(kMinPassRows, fitting));
   split.passes = CeilDiv(rows, most_rows);
   split.pass_rows = std::min(rows, RoundUp(CeilDiv(rows, split.passes), KernelFor(rows).x_row_multiple));
