@@ -120,7 +120,7 @@ SPARSE_AMX_MATMUL: Final = OpDefinition(
     ),
 )
 
-_TOKENS: Final = "[batch, tokens, heads * size]"
+_TOKENS: Final = "[batch, tokens, heads * size] or [batch, heads, tokens, size]"
 _CACHE: Final = "[batch, kv heads, capacity, size]"
 _ROWS: Final = "[batch, kv heads, bytes]"
 
@@ -130,8 +130,21 @@ SPARSE_AMX_ATTENTION: Final = OpDefinition(
     since_version=1,
     doc="Attention of grouped heads over a cache, as docs/attention.md describes.",
     inputs=(
-        Port("query", "float32", _TOKENS, "The queries; without key and value, all three side by side."),
-        Port("key", "float32", _TOKENS, "The new keys.", optional=True, role=True),
+        Port(
+            "query",
+            "float32",
+            _TOKENS,
+            "The queries; without key and value, all three side by side, in whole or, as [batch, tokens, heads, 3, "
+            "size], at each head.",
+        ),
+        Port(
+            "key",
+            "float32",
+            _TOKENS,
+            "The new keys; without value, both side by side at each head: [batch, tokens, heads, 2, size].",
+            optional=True,
+            role=True,
+        ),
         Port("value", "float32", _TOKENS, "The new values.", optional=True, role=True),
         Port("past_key", "float32", _CACHE, "The keys before this call.", optional=True, role=True),
         Port("past_value", "float32", _CACHE, "The values before this call.", optional=True, role=True),
@@ -145,14 +158,29 @@ SPARSE_AMX_ATTENTION: Final = OpDefinition(
         Port("position_ids", "int64", "[batch, tokens]", "Rotary positions.", optional=True, role=True),
         Port(
             "attention_bias",
-            "float32",
-            "[batch or 1, heads or 1, tokens, total]",
-            "Added to the scores after the softcap.",
+            "float32 or bool",
+            "[batch, heads, tokens, total], all but the last may be 1 or, in the front, missing",
+            "Added to the scores after the softcap; as bool, false hides a key.",
             optional=True,
             role=True,
         ),
-        Port("key_padding_mask", "int32", "[batch, total]", "Zero hides a key.", optional=True, role=True),
+        Port(
+            "key_padding_mask",
+            "int32",
+            "[batch, total], [batch, tokens, total] or [batch]",
+            "Zero hides a key; with one dimension, how many keys count.",
+            optional=True,
+            role=True,
+        ),
         Port("head_sink", "float32", "[heads]", "One more score per query, without a value.", optional=True, role=True),
+        Port(
+            "nonpad_kv_seqlen",
+            "int64",
+            "[batch]",
+            "How many of the keys count, the last of them those of the queries; without a past.",
+            optional=True,
+            role=True,
+        ),
     ),
     outputs=(
         Port("output", "float32", _TOKENS, "The result."),

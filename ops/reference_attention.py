@@ -5,8 +5,9 @@ Written from docs/attention.md, one query at a time in float64; it shares no cod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,8 @@ class AttentionResult:
     """The operator's outputs.
 
     Attributes:
-        output: [batch, tokens, num_heads * value size], float64. Padding of a first call gives zeros.
+        output: [batch, tokens, num_heads * value size], or [batch, num_heads, tokens, value size] where the query has
+            four dimensions; float64. Padding of a first call gives zeros.
         present_key: [batch, kv_num_heads, capacity, size], float64: zeros beyond an entry's keys.
         present_value: Likewise.
         is_padding: [batch, tokens], bool: tokens that stand for nothing.
@@ -63,7 +65,9 @@ class AttentionResult:
 
 
 def split_heads(x: Floats, heads: int) -> npt.NDArray[np.float64]:
-    """[batch, tokens, heads * size] as [batch, heads, tokens, size], float64."""
+    """[batch, tokens, heads * size] as [batch, heads, tokens, size], which may be there already; float64."""
+    if x.ndim == 4:
+        return x.astype(np.float64)
     batch, tokens, width = x.shape
     return x.reshape(batch, tokens, heads, width // heads).transpose(0, 2, 1, 3).astype(np.float64)
 
@@ -104,17 +108,20 @@ def sparse_amx_attention(
     cos_cache: Floats | None = None,
     sin_cache: Floats | None = None,
     position_ids: Integers | None = None,
-    attention_bias: Floats | None = None,
+    attention_bias: npt.NDArray[Any] | None = None,
     key_padding_mask: Integers | None = None,
     head_sink: Floats | None = None,
+    nonpad_kv_seqlen: Integers | None = None,
 ) -> AttentionResult:
     """The operator with the fp32 cache.
 
     Args:
         options: The attributes.
-        query: [batch, tokens, num_heads * size], or, without key and value, query, key and value side by side.
-        key: [batch, new keys, kv_num_heads * size].
-        value: [batch, new keys, kv_num_heads * value size].
+        query: [batch, tokens, num_heads * size] or [batch, num_heads, tokens, size]; without key and value, query, key
+            and value side by side, in whole or, as [batch, tokens, heads, 3, size], at each head.
+        key: [batch, new keys, kv_num_heads * size] or [batch, kv_num_heads, new keys, size]; without value, key and
+            value side by side at each head: [batch, new keys, kv_num_heads, 2, size].
+        value: [batch, new keys, kv_num_heads * value size] or [batch, kv_num_heads, new keys, value size].
         past_key: [batch, kv_num_heads, past capacity, size].
         past_value: [batch, kv_num_heads, past capacity, value size].
         seqlens_k: [batch]: keys of each entry, past and new, minus one. None: all of the past counts.
@@ -123,9 +130,11 @@ def sparse_amx_attention(
         sin_cache: Likewise.
         position_ids: [batch, tokens]; None: the number of keys before the token. Where there is no past, only the first
             one counts: all entries' tokens go on from it.
-        attention_bias: [batch or 1, num_heads or 1, tokens, total], added to the scores after the softcap.
-        key_padding_mask: [batch, total]; zero hides a key.
+        attention_bias: [batch, num_heads, tokens, keys], of which all but the last may be 1 or, in the front, missing;
+            added to the scores after the softcap. As bool, false hides a key. Keys beyond are hidden.
+        key_padding_mask: [batch, total] or [batch, tokens, total], where zero hides a key, or [batch]: keys that count.
         head_sink: [num_heads]: one more score for every query of the head, without a value.
+        nonpad_kv_seqlen: [batch]: how many of the keys count, the last of them those of the queries. Without a past.
 
     Returns:
         The outputs, of which the cache holds max(total, past capacity) keys.
@@ -136,9 +145,8 @@ def sparse_amx_attention(
     heads, kv_heads = options.num_heads, options.kv_num_heads
     if kv_heads < 1 or heads % kv_heads:
         raise SparamxError(f"{heads} query heads cannot share {kv_heads} key and value heads equally.")
-    if key is None or value is None:
-        size = query.shape[2] // (heads + 2 * kv_heads)
-        query, key, value = np.split(query, [heads * size, (heads + kv_heads) * size], axis=2)
+    is_by_head = query.ndim == 4
+    query, key, value = _query_key_value(options, query, key, value)
     q, k, v = split_heads(query, heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
     batch, _, tokens, size = q.shape
     new_keys = k.shape[2]
@@ -149,14 +157,19 @@ def sparse_amx_attention(
     present_key = np.zeros((batch, kv_heads, capacity, size))
     present_value = np.zeros((batch, kv_heads, capacity, v.shape[3]))
     is_padding = np.zeros((batch, tokens), bool)
+    added = list(_added(attention_bias, key_padding_mask, options.mask_filter_value, (batch, heads, tokens, total)))
     scale = options.scale or 1 / np.sqrt(size)
     for b in range(batch):
         length = total if seqlens_k is None else int(seqlens_k[b]) + 1
         past = 0 if seqlens_k is not None and total == new_keys else length - new_keys
+        before = past
+        if nonpad_kv_seqlen is not None:
+            length = int(nonpad_kv_seqlen[b])
+            past, before = 0, length - tokens
         fresh = min(new_keys, length - past)
         if past and past_key is not None and past_value is not None:
             present_key[b, :, :past], present_value[b, :, :past] = past_key[b, :, :past], past_value[b, :, :past]
-        if options.causal:
+        if options.causal and seqlens_k is not None:
             is_padding[b, fresh:] = True
         rotated_q, rotated_k = q[b], k[b]
         if cos_cache is not None and sin_cache is not None:
@@ -172,22 +185,52 @@ def sparse_amx_attention(
         for s in range(tokens):
             if is_padding[b, s]:
                 continue
-            last = past + s + 1 if options.causal else length
-            first = 0 if options.local_window_size < 0 else max(0, last - options.local_window_size)
+            own = before + s + 1
+            last = max(0, min(own, length)) if options.causal else length
+            first = 0 if options.local_window_size < 0 else max(0, own - options.local_window_size)
             for h in range(heads):
                 kv = h // (heads // kv_heads)
                 scores = present_key[b, kv, first:last] @ rotated_q[h, s] * scale
                 if options.softcap:
                     scores = options.softcap * np.tanh(scores / options.softcap)
-                if attention_bias is not None:
-                    bias = attention_bias[b % attention_bias.shape[0], h % attention_bias.shape[1], s]
-                    scores = scores + bias[first:last]
-                if key_padding_mask is not None:
-                    scores = scores + np.where(key_padding_mask[b, first:last] != 0, 0.0, options.mask_filter_value)
+                for numbers in added:
+                    scores = scores + numbers[b, h, s, first:last]
                 sink = None if head_sink is None else float(head_sink[h])
                 weights = softmax(scores, 0.0 if sink is None and options.smooth_softmax else sink)
                 output[b, s, h] = weights @ present_value[b, kv, first:last]
-    return AttentionResult(output.reshape(batch, tokens, -1), present_key, present_value, is_padding)
+    shaped = output.transpose(0, 2, 1, 3) if is_by_head else output.reshape(batch, tokens, heads * v.shape[3])
+    return AttentionResult(shaped, present_key, present_value, is_padding)
+
+
+def _query_key_value(
+    options: AttentionOptions, query: Floats, key: Floats | None, value: Floats | None
+) -> tuple[Floats, Floats, Floats]:
+    """Each with three or four dimensions."""
+    heads, kv_heads = options.num_heads, options.kv_num_heads
+    if query.ndim == 5:
+        query, key, value = (query[:, :, :, i].transpose(0, 2, 1, 3) for i in range(3))
+    elif key is None:
+        axis = 1 if query.ndim == 4 else 2
+        size = query.shape[axis] // (heads + 2 * kv_heads)
+        query, key, value = np.split(query, [heads * size, (heads + kv_heads) * size], axis=axis)
+    elif value is None:
+        key, value = (key[:, :, :, i].transpose(0, 2, 1, 3) for i in range(2))
+    return query, key, value
+
+
+def _added(
+    bias: npt.NDArray[Any] | None, mask: Integers | None, hidden: float, shape: tuple[int, ...]
+) -> Iterator[npt.NDArray[np.float64]]:
+    """What is added to the scores [batch, heads, tokens, keys]."""
+    if bias is not None:
+        numbers = np.where(bias, 0.0, -np.inf) if bias.dtype == np.bool_ else bias.astype(np.float64)
+        beyond = [(0, 0)] * (bias.ndim - 1) + [(0, shape[3] - bias.shape[-1])]
+        yield np.broadcast_to(np.pad(numbers, beyond, constant_values=-np.inf), shape)
+    if mask is not None:
+        if mask.ndim == 1:
+            mask = (np.arange(shape[3]) < mask[:, None]).astype(np.int32)
+        rows = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        yield np.broadcast_to(np.where(rows != 0, 0.0, hidden), shape)
 
 
 def softmax(scores: npt.NDArray[np.float64], sink: float | None) -> npt.NDArray[np.float64]:

@@ -33,7 +33,7 @@ struct AttentionJob {
   const VisibleKeys* visible;
   float softcap;             // 0: none
   const float* const* bias;  // per row, indexed by key number; null: none
-  const float* key_bias;     // the same for all rows; null: none
+  const float* const* mask;  // likewise, added after it
   float* max;                // [rows], minus infinity at first
   float* denominator;        // [rows], zero at first
   float* sums;               // [rows][sums_stride], zeros at first

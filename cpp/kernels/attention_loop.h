@@ -217,11 +217,11 @@ SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* a
   __builtin_memcpy(x, row, vectors * sizeof(Lanes));
   if (job.softcap > 0.0f)
     for (size_t n = 0; n < vectors; ++n) Softcap(job.softcap, &x[n]);
-  if (job.bias != nullptr || job.key_bias != nullptr) {
+  if (job.bias != nullptr || job.mask != nullptr) {
     __builtin_memcpy(row, x, vectors * sizeof(Lanes));
     for (size_t t = 0; t < job.keys; ++t) {
       if (job.bias != nullptr) row[t] += job.bias[r][job.first_key + t];
-      if (job.key_bias != nullptr) row[t] += job.key_bias[job.first_key + t];
+      if (job.mask != nullptr) row[t] += job.mask[r][job.first_key + t];
     }
     __builtin_memcpy(x, row, vectors * sizeof(Lanes));
   }

@@ -1,6 +1,7 @@
 #include "ort/sparse_amx_attention.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace sparamx {
 namespace {
@@ -25,10 +26,10 @@ constexpr RoleRule kRoleRules[kRoles] = {
     {"attention_bias", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
     {"key_padding_mask", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
     {"head_sink", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+    {"nonpad_kv_seqlen", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
 };
 // Roles that make sense only together.
-constexpr Role kPairs[][2] = {{Role::kKey, Role::kValue},
-                              {Role::kPastKey, Role::kPastValue},
+constexpr Role kPairs[][2] = {{Role::kPastKey, Role::kPastValue},
                               {Role::kSeqlensK, Role::kTotalSequenceLength},
                               {Role::kCosCache, Role::kSinCache}};
 
@@ -108,6 +109,12 @@ void SparseAMXAttentionKernel::CheckRoles() const {
     if (Has(pair[0]) != Has(pair[1]))
       Fail(Status::Invalid(std::string("its attribute roles must name ") + NameOf(pair[0]) + " and " + NameOf(pair[1]) +
                            " both or neither"));
+  if (Has(Role::kValue) && !Has(Role::kKey)) Fail(Status::Invalid("its attribute roles name value, but not key"));
+  for (const Role role : {Role::kPastKey, Role::kPastCache, Role::kSeqlensK, Role::kCosCache})
+    if (Has(Role::kNonpadKvSeqlen) && Has(role))
+      Fail(Status::Invalid(std::string("nonpad_kv_seqlen cannot go with ") + NameOf(role)));
+  if (Has(Role::kNonpadKvSeqlen) && options_.packed)
+    Fail(Status::Invalid("nonpad_kv_seqlen cannot go with a packed cache"));
   const Role other = options_.packed ? Role::kPastKey : Role::kPastCache;
   if (Has(other))
     Fail(Status::Invalid(std::string("its cache is ") + (options_.packed ? "packed" : "float") +
@@ -154,44 +161,78 @@ void SparseAMXAttentionKernel::ReadInputs(OrtKernelContext* context, Tensor* que
     Tensor& tensor = (*inputs)[static_cast<size_t>(roles_[i])];
     tensor = Read(api_, value);
     const RoleRule& rule = kRoleRules[static_cast<size_t>(roles_[i])];
-    if (tensor.type != rule.type)
+    const bool is_choice = roles_[i] == Role::kAttentionBias && tensor.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
+    if (tensor.type != rule.type && !is_choice)
       Fail(Status::Invalid(std::string(rule.name) + " does not have the element type that its role asks for"));
   }
 }
 
-// Query, key and value: [batch, tokens, heads * size] each, or all side by side in the query.
+// Layouts: [batch, tokens, heads * size], [batch, heads, tokens, size], and, where `pack` of query, key and value stand
+// side by side at each head, [batch, tokens, heads, pack, size].
+Heads SparseAMXAttentionKernel::ReadHeads(const Tensor& tensor, const char* name, size_t heads, size_t pack) const {
+  const Shape& s = tensor.shape;
+  const int64_t h = Signed(heads), p = Signed(pack);
+  const auto view = [&](int64_t tokens, int64_t size, int64_t token, int64_t head) {
+    const int64_t entry = tokens * h * size * p;
+    return Heads{static_cast<const float*>(tensor.data),
+                 static_cast<size_t>(s[0]),
+                 static_cast<size_t>(tokens),
+                 static_cast<size_t>(size),
+                 {static_cast<size_t>(entry), static_cast<size_t>(token), static_cast<size_t>(head)}};
+  };
+  if (pack == 1 && s.size() == 3 && s[2] % h == 0) return view(s[1], s[2] / h, s[2], s[2] / h);
+  if (pack == 1 && s.size() == 4 && s[1] == h) return view(s[2], s[3], s[3], s[2] * s[3]);
+  if (pack > 1 && s.size() == 5 && s[2] == h && s[3] == p) return view(s[1], s[4], h * p * s[4], p * s[4]);
+  const std::string count = std::to_string(heads);
+  Fail(Status::Invalid(std::string(name) + " has the shape " + ShapeText(s) + ", but it must be " +
+                       (pack > 1
+                            ? "[batch, tokens, " + count + ", " + std::to_string(pack) + ", size]"
+                            : "[batch, tokens, a multiple of " + count + "] or [batch, " + count + ", tokens, size]")));
+}
+
+// Query, key and value, of which all three, or the last two, may lie in one tensor.
 void SparseAMXAttentionKernel::SetTokens(const Tensor& query, const Inputs& inputs, AttentionCall* call) const {
-  const int64_t heads = Signed(options_.heads), kv_heads = Signed(options_.kv_heads);
-  const bool packed = !Has(Role::kKey);
-  const int64_t parts = packed ? heads + 2 * kv_heads : heads;
-  if (query.shape.size() != 3 || query.shape[2] % parts != 0)
-    Fail(Status::Invalid("query has the shape " + ShapeText(query.shape) +
-                         ", but it must be [batch, tokens, a multiple of " + std::to_string(parts) + "]"));
-  const int64_t batch = query.shape[0], tokens = query.shape[1], size = query.shape[2] / parts;
-  call->batch = static_cast<size_t>(batch);
-  call->queries = call->new_keys = static_cast<size_t>(tokens);
-  call->key_size = call->value_size = static_cast<size_t>(size);
-  call->query = static_cast<const float*>(query.data);
-  call->query_stride = call->key_stride = call->value_stride = static_cast<size_t>(query.shape[2]);
-  if (packed) {
-    call->key = call->query + heads * size;
-    call->value = call->key + kv_heads * size;
-    return;
+  const size_t heads = options_.heads, kv_heads = options_.kv_heads;
+  const bool all_in_one = !Has(Role::kKey), is_interleaved = all_in_one && query.shape.size() == 5;
+  Heads q =
+      ReadHeads(query, "query", all_in_one && !is_interleaved ? heads + 2 * kv_heads : heads, is_interleaved ? 3 : 1);
+  Heads k = q, v = q;
+  if (is_interleaved) {
+    if (heads != kv_heads) Fail(Status::Invalid("query, key and value side by side at each head need equally many"));
+    k.data = q.data + q.size;
+    v.data = k.data + q.size;
+  } else if (all_in_one) {
+    k.data = q.data + heads * q.strides.head;
+    v.data = k.data + kv_heads * q.strides.head;
+  } else {
+    k = v = ReadHeads(At(inputs, Role::kKey), "key", kv_heads, Has(Role::kValue) ? 1 : 2);
+    if (Has(Role::kValue))
+      v = ReadHeads(At(inputs, Role::kValue), "value", kv_heads, 1);
+    else
+      v.data = k.data + k.size;
   }
-  const Tensor &key = At(inputs, Role::kKey), &value = At(inputs, Role::kValue);
-  const int64_t new_keys = options_.causal || key.shape.size() != 3 ? tokens : key.shape[1];
-  Expect(key, "key", ShapeOf({batch, new_keys, kv_heads * size}));
-  if (value.shape.size() != 3 || value.shape[0] != batch || value.shape[1] != new_keys ||
-      value.shape[2] % kv_heads != 0)
-    Fail(Status::Invalid("value has the shape " + ShapeText(value.shape) + ", but it must be [" +
-                         std::to_string(batch) + ", " + std::to_string(new_keys) + ", a multiple of " +
-                         std::to_string(kv_heads) + "]"));
-  call->new_keys = static_cast<size_t>(new_keys);
-  call->value_size = static_cast<size_t>(value.shape[2] / kv_heads);
-  call->key = static_cast<const float*>(key.data);
-  call->value = static_cast<const float*>(value.data);
-  call->key_stride = static_cast<size_t>(key.shape[2]);
-  call->value_stride = static_cast<size_t>(value.shape[2]);
+  // Where tokens are counted from the cache's end or rotated, keys are those of the queries.
+  const bool same_tokens = options_.causal && (Has(Role::kSeqlensK) || Has(Role::kCosCache) || options_.packed);
+  const auto expect = [&](Role role, const Heads& x, size_t tokens, size_t size) {
+    if (x.batch != q.batch || x.tokens != tokens || x.size != size)
+      Fail(Status::Invalid(std::string(NameOf(role)) + " has the shape " + ShapeText(At(inputs, role).shape) +
+                           ", which is not that of " + std::to_string(q.batch) + " entries of " +
+                           std::to_string(tokens) + " tokens of " + std::to_string(kv_heads) + " heads of " +
+                           std::to_string(size)));
+  };
+  if (!all_in_one) expect(Role::kKey, k, same_tokens ? q.tokens : k.tokens, q.size);
+  if (Has(Role::kValue)) expect(Role::kValue, v, k.tokens, v.size);
+  call->batch = q.batch;
+  call->queries = q.tokens;
+  call->new_keys = k.tokens;
+  call->key_size = q.size;
+  call->value_size = v.size;
+  call->query = q.data;
+  call->key = k.data;
+  call->value = v.data;
+  call->query_strides = q.strides;
+  call->key_strides = k.strides;
+  call->value_strides = v.strides;
 }
 
 // The cache before this call, and how many tokens there are in all.
@@ -206,6 +247,10 @@ void SparseAMXAttentionKernel::SetPast(const Inputs& inputs, AttentionCall* call
     call->past_key = static_cast<const float*>(key.data);
     call->past_value = static_cast<const float*>(value.data);
     call->past_capacity = static_cast<size_t>(capacity);
+  }
+  if (Has(Role::kNonpadKvSeqlen)) {
+    Expect(At(inputs, Role::kNonpadKvSeqlen), "nonpad_kv_seqlen", ShapeOf({Signed(call->batch)}));
+    call->valid_keys = static_cast<const int64_t*>(At(inputs, Role::kNonpadKvSeqlen).data);
   }
   SetTotal(inputs, call);
 }
@@ -277,29 +322,81 @@ void SparseAMXAttentionKernel::SetRotary(const Inputs& inputs, AttentionCall* ca
   call->positions = static_cast<const int64_t*>(positions.data);
 }
 
-void SparseAMXAttentionKernel::SetBiases(const Inputs& inputs, AttentionCall* call) const {
-  const int64_t heads = Signed(options_.heads), batch = Signed(call->batch), total = Signed(call->total);
-  if (Has(Role::kAttentionBias)) {
-    const Tensor& bias = At(inputs, Role::kAttentionBias);
-    const auto is_one_or = [](int64_t dimension, int64_t all) { return dimension == 1 || dimension == all; };
-    if (bias.shape.size() != 4 || !is_one_or(bias.shape[0], batch) || !is_one_or(bias.shape[1], heads) ||
-        bias.shape[2] != Signed(call->queries) || bias.shape[3] != total)
-      Fail(Status::Invalid("attention_bias has the shape " + ShapeText(bias.shape) + ", but it must be " +
-                           ShapeText(ShapeOf({batch, heads, Signed(call->queries), total})) +
-                           ", where each of the first two may be 1"));
-    call->bias = static_cast<const float*>(bias.data);
-    call->bias_batches = static_cast<size_t>(bias.shape[0]);
-    call->bias_heads = static_cast<size_t>(bias.shape[1]);
+// Numbers or truths whose shape, from its end, is [batch, heads, queries, keys], of which all but the last may be 1.
+void SparseAMXAttentionKernel::SetBias(const Inputs& inputs, AttentionCall* call) const {
+  if (!Has(Role::kAttentionBias)) return;
+  const Tensor& bias = At(inputs, Role::kAttentionBias);
+  const int64_t whole[] = {Signed(call->batch), Signed(options_.heads), Signed(call->queries), Signed(call->total)};
+  size_t* const strides[] = {&call->bias.strides.entry, &call->bias.strides.head, &call->bias.strides.token};
+  const size_t rank = bias.shape.size();
+  // Fewer keys hide the others, but where the lengths of the entries are given, they are known to all.
+  bool fits = rank >= 1 && rank <= 4 &&
+              (bias.shape.back() == whole[3] || (bias.shape.back() < whole[3] && !Has(Role::kSeqlensK)));
+  size_t step = fits ? static_cast<size_t>(bias.shape.back()) : 0;
+  call->bias.keys = step;
+  for (size_t i = 2; fits && i + rank >= 4 && i < 3; --i) {
+    const int64_t length = bias.shape[i + rank - 4];
+    fits = length == 1 || length == whole[i];
+    *strides[i] = length == 1 ? 0 : step;
+    step *= static_cast<size_t>(length);
   }
-  if (Has(Role::kKeyPaddingMask))
-    Expect(At(inputs, Role::kKeyPaddingMask), "key_padding_mask", ShapeOf({batch, total}));
-  if (Has(Role::kHeadSink)) {
-    Expect(At(inputs, Role::kHeadSink), "head_sink", ShapeOf({heads}));
-    call->sink = static_cast<const float*>(At(inputs, Role::kHeadSink).data);
-  }
+  if (!fits)
+    Fail(Status::Invalid("attention_bias has the shape " + ShapeText(bias.shape) + ", but it must be " +
+                         ShapeText(ShapeOf({whole[0], whole[1], whole[2], whole[3]})) +
+                         ", where each but the last may be 1 or, in the front, missing"));
+  call->bias.data = static_cast<const float*>(bias.data);  // or truths, see WriteAdded
 }
 
-void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, AttentionCall* call) const {
+// Truths of [batch, total] or [batch, queries, total], or [batch] numbers of keys that count.
+void SparseAMXAttentionKernel::SetMask(const Inputs& inputs, AttentionCall* call) const {
+  if (!Has(Role::kKeyPaddingMask)) return;
+  const Tensor& mask = At(inputs, Role::kKeyPaddingMask);
+  const int64_t batch = Signed(call->batch), total = Signed(call->total), queries = Signed(call->queries);
+  if (mask.shape.size() == 1)
+    Expect(mask, "key_padding_mask", ShapeOf({batch}));
+  else if (mask.shape.size() == 3)
+    Expect(mask, "key_padding_mask", ShapeOf({batch, queries, total}));
+  else
+    Expect(mask, "key_padding_mask", ShapeOf({batch, total}));
+  call->mask.keys = call->total;
+  call->mask.strides.token = mask.shape.size() == 3 ? call->total : 0;
+  call->mask.strides.entry = mask.shape.size() == 3 ? call->queries * call->total : call->total;
+}
+
+void SparseAMXAttentionKernel::SetSink(const Inputs& inputs, AttentionCall* call) const {
+  if (!Has(Role::kHeadSink)) return;
+  Expect(At(inputs, Role::kHeadSink), "head_sink", ShapeOf({Signed(options_.heads)}));
+  call->sink = static_cast<const float*>(At(inputs, Role::kHeadSink).data);
+}
+
+// How many floats WriteAdded writes.
+size_t SparseAMXAttentionKernel::AddedFloats(const Inputs& inputs, const AttentionCall& call) const {
+  const Tensor &bias = At(inputs, Role::kAttentionBias), &mask = At(inputs, Role::kKeyPaddingMask);
+  return (bias.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL ? bias.elements : 0) +
+         (mask.shape.size() == 1 ? call.batch * call.total : mask.elements);
+}
+
+// Masks as what they add to the scores.
+void SparseAMXAttentionKernel::WriteAdded(const Inputs& inputs, float* added, AttentionCall* call) const {
+  const Tensor &bias = At(inputs, Role::kAttentionBias), &mask = At(inputs, Role::kKeyPaddingMask);
+  if (bias.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL) {
+    const auto* const sees = static_cast<const uint8_t*>(bias.data);
+    for (size_t i = 0; i < bias.elements; ++i) added[i] = sees[i] != 0 ? 0.0f : -std::numeric_limits<float>::infinity();
+    call->bias.data = added;
+    added += bias.elements;
+  }
+  if (mask.data == nullptr) return;
+  const auto* const sees = static_cast<const int32_t*>(mask.data);
+  call->mask.data = added;
+  if (mask.shape.size() != 1) {
+    for (size_t i = 0; i < mask.elements; ++i) added[i] = sees[i] != 0 ? 0.0f : mask_filter_value_;
+    return;
+  }
+  for (size_t entry = 0; entry < call->batch; ++entry)
+    for (size_t t = 0; t < call->total; ++t) *added++ = Signed(t) < sees[entry] ? 0.0f : mask_filter_value_;
+}
+
+void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, size_t query_rank, AttentionCall* call) const {
   size_t outputs = 0;
   Ort::ThrowOnError(api_.KernelContext_GetOutputCount(context, &outputs));
   const auto output = [&](size_t index, const Shape& shape) -> void* {
@@ -312,8 +409,14 @@ void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, AttentionCa
     return data;
   };
   const int64_t batch = Signed(call->batch), kv_heads = Signed(options_.kv_heads), capacity = Signed(call->capacity);
-  call->output = static_cast<float*>(output(
-      SparseAMXAttention::kOutput, ShapeOf({batch, Signed(call->queries), Signed(options_.heads * call->value_size)})));
+  const int64_t queries = Signed(call->queries), heads = Signed(options_.heads), size = Signed(call->value_size);
+  const bool by_head = query_rank == 4;
+  call->output =
+      static_cast<float*>(output(SparseAMXAttention::kOutput, by_head ? ShapeOf({batch, heads, queries, size})
+                                                                      : ShapeOf({batch, queries, heads * size})));
+  call->output_strides.entry = options_.heads * call->queries * call->value_size;
+  call->output_strides.token = (by_head ? 1 : options_.heads) * call->value_size;
+  call->output_strides.head = (by_head ? call->queries : 1) * call->value_size;
   if (options_.packed) {
     call->present_cache =
         static_cast<uint8_t*>(output(SparseAMXAttention::kPresentCache,
@@ -326,6 +429,8 @@ void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, AttentionCa
       output(SparseAMXAttention::kPresentValue, ShapeOf({batch, kv_heads, capacity, Signed(call->value_size)})));
   if ((call->present_key == nullptr) != (call->present_value == nullptr))
     Fail(Status::Invalid("it must have both outputs present_key and present_value, or neither"));
+  if (call->valid_keys != nullptr && call->present_key != nullptr)
+    Fail(Status::Invalid("nonpad_kv_seqlen cannot go with the output present_key"));
 }
 
 void SparseAMXAttentionKernel::Compute(OrtKernelContext* context) const {
@@ -339,21 +444,16 @@ void SparseAMXAttentionKernel::Compute(OrtKernelContext* context) const {
   else
     SetPast(inputs, &call);
   SetRotary(inputs, &call);
-  SetBiases(inputs, &call);
+  SetBias(inputs, &call);
+  SetMask(inputs, &call);
+  SetSink(inputs, &call);
   const Status status = attention_.Check(call);
   if (!status.ok()) Fail(status);
-  SetOutputs(context, &call);
+  SetOutputs(context, query.shape.size(), &call);
 
-  const Tensor& mask = At(inputs, Role::kKeyPaddingMask);
   const size_t bytes = RoundUp(attention_.ScratchBytes(call), 64);
-  Scratch scratch(api_, context, cpu_memory_, bytes + mask.elements * sizeof(float));
-  if (mask.data != nullptr) {
-    // The mask as what it adds to the scores.
-    auto* const key_bias = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch.get()) + bytes);
-    for (size_t i = 0; i < mask.elements; ++i)
-      key_bias[i] = static_cast<const int32_t*>(mask.data)[i] != 0 ? 0.0f : mask_filter_value_;
-    call.key_bias = key_bias;
-  }
+  Scratch scratch(api_, context, cpu_memory_, bytes + AddedFloats(inputs, call) * sizeof(float));
+  WriteAdded(inputs, reinterpret_cast<float*>(static_cast<uint8_t*>(scratch.get()) + bytes), &call);
   Host host = {&api_, context};
   const Status result = attention_.Run(call, scratch.get(), {Host::ParallelRun, &host});
   if (!result.ok()) Fail(result);
@@ -371,19 +471,25 @@ OrtStatusPtr SparseAMXAttention::InferOutputShapes(const OrtCustomOp*, OrtShapeI
     InferredShape shape = InferredInputShape(context, kQuery);
     const std::vector<int64_t> heads = InferredInts(context, "num_heads"),
                                kv_heads = InferredInts(context, "kv_num_heads");
-    if (shape.lengths.size() != 3 || heads.size() != 1 || kv_heads.size() != 1) return;
+    const size_t rank = shape.lengths.size();
+    if (rank < 3 || rank > 5 || heads.size() != 1 || kv_heads.size() != 1) return;
     const std::string roles = "," + InferredString(context, "roles") + ",";
-    const size_t value = roles.find(",value,");
-    const bool packed = value == std::string::npos;
-    const int64_t parts = packed ? heads[0] + 2 * kv_heads[0] : kv_heads[0];
-    int64_t from = shape.lengths[2];
-    if (!packed) {
-      const auto input = std::count(roles.begin(), roles.begin() + Signed(value) + 1, ',');
-      const InferredShape values = InferredInputShape(context, static_cast<size_t>(input));
-      from = values.lengths.size() == 3 ? values.lengths[2] : -1;
+    const auto input_of = [&](const char* role) {
+      const size_t at = roles.find(role);
+      return at == std::string::npos ? 0 : static_cast<size_t>(std::count(roles.begin(), roles.begin() + at + 1, ','));
+    };
+    // The tensor in which the values lie, and how many heads are side by side in its last dimension.
+    const size_t value = input_of(",value,"), key = input_of(",key,"), input = value != 0 ? value : key;
+    const InferredShape from = input == 0 ? shape : InferredInputShape(context, input);
+    if (from.lengths.size() < 3) return;
+    const int64_t width = from.lengths.back();
+    const int64_t parts = from.lengths.size() > 3 ? 1 : input == 0 ? heads[0] + 2 * kv_heads[0] : kv_heads[0];
+    const bool known = width > 0 && parts > 0 && width % parts == 0;
+    if (rank == 5) {  // [batch, tokens, heads, 3, size]
+      shape.lengths.resize(3);
+      shape.names.resize(3);
     }
-    const bool known = from > 0 && parts > 0 && from % parts == 0;
-    shape.SetLength(2, known ? from / parts * heads[0] : -1);
+    shape.SetLength(rank == 4 ? 3 : 2, known ? width / parts * (rank == 4 ? 1 : heads[0]) : -1);
     InferOutput(context, kOutput, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
   });
 }

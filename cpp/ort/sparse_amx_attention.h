@@ -27,7 +27,15 @@ enum class Role {
   kAttentionBias,
   kKeyPaddingMask,
   kHeadSink,
+  kNonpadKvSeqlen,
   kCount
+};
+
+// A tensor of tokens, whatever its layout.
+struct Heads {
+  const float* data;
+  size_t batch, tokens, size;
+  TokenStrides strides;
 };
 
 class SparseAMXAttentionKernel {
@@ -47,12 +55,17 @@ class SparseAMXAttentionKernel {
   void Compute(OrtKernelContext* context) const;
   void ReadInputs(OrtKernelContext* context, Tensor* query, Inputs* inputs) const;
   void SetTokens(const Tensor& query, const Inputs& inputs, AttentionCall* call) const;
+  Heads ReadHeads(const Tensor& tensor, const char* name, size_t heads, size_t pack) const;
   void SetPast(const Inputs& inputs, AttentionCall* call) const;
   void SetPackedPast(const Inputs& inputs, AttentionCall* call) const;
   void SetTotal(const Inputs& inputs, AttentionCall* call) const;
   void SetRotary(const Inputs& inputs, AttentionCall* call) const;
-  void SetBiases(const Inputs& inputs, AttentionCall* call) const;
-  void SetOutputs(OrtKernelContext* context, AttentionCall* call) const;
+  void SetBias(const Inputs& inputs, AttentionCall* call) const;
+  void SetMask(const Inputs& inputs, AttentionCall* call) const;
+  void SetSink(const Inputs& inputs, AttentionCall* call) const;
+  size_t AddedFloats(const Inputs& inputs, const AttentionCall& call) const;
+  void WriteAdded(const Inputs& inputs, float* added, AttentionCall* call) const;
+  void SetOutputs(OrtKernelContext* context, size_t query_rank, AttentionCall* call) const;
   void Expect(const Tensor& tensor, const char* name, const Shape& shape) const;
   [[noreturn]] void Fail(const Status& status) const;
 
@@ -86,6 +99,7 @@ struct SparseAMXAttention : Ort::CustomOpBase<SparseAMXAttention, SparseAMXAtten
     return i == kQuery ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_VARIADIC;
   }
   bool GetVariadicInputHomogeneity() const { return false; }
+  int GetVariadicInputMinArity() const { return 0; }  // a query alone has keys and values in it
   size_t GetOutputTypeCount() const { return kOutputs; }
   ONNXTensorElementDataType GetOutputType(size_t i) const {
     return i == kPresentCache ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;

@@ -25,6 +25,7 @@ constexpr float kNothingSeen = -std::numeric_limits<float>::infinity();
 // How many keys an entry of the batch has before this call, new in it, and then.
 struct Lengths {
   size_t past, fresh, total;
+  int64_t before;  // keys before those of the first query: fewer than none where there are more queries than keys
 };
 
 bool IsFirst(const AttentionCall& c) {
@@ -34,10 +35,16 @@ bool IsFirst(const AttentionCall& c) {
 // As GroupQueryAttention has it: where the call brings as many tokens as the longest entry has keys, it is the first
 // one, and shorter entries end in padding.
 Lengths LengthsOf(const AttentionCall& c, size_t entry) {
-  if (c.last_keys == nullptr) return {c.past_capacity, c.new_keys, c.past_capacity + c.new_keys};
+  if (c.valid_keys != nullptr) {
+    const auto valid = static_cast<size_t>(c.valid_keys[entry]);
+    return {0, valid, valid, c.valid_keys[entry] - static_cast<int64_t>(c.queries)};
+  }
+  const auto from = [&](size_t past, size_t fresh) {
+    return Lengths{past, fresh, past + fresh, static_cast<int64_t>(past)};
+  };
+  if (c.last_keys == nullptr) return from(c.past_capacity, c.new_keys);
   const size_t total = static_cast<size_t>(c.last_keys[entry]) + 1;
-  if (IsFirst(c)) return {0, total, total};
-  return {total - c.new_keys, c.new_keys, total};
+  return IsFirst(c) ? from(0, total) : from(total - c.new_keys, c.new_keys);
 }
 
 // Rotates the first 2 * half numbers of a head in pairs, scales all.
@@ -72,7 +79,7 @@ void CopyPast(const float* past, float* present, size_t size, const Lengths& len
 struct Slot {
   float *q, *sums, *turned, *scores, *max, *denominator;
   VisibleKeys* visible;
-  const float** bias;
+  const float **bias, **mask;
   // Of a packed cache: the kernel's, and a rotated key.
   uint8_t* packed;
   float* key;
@@ -121,6 +128,7 @@ struct Attention::Plan {
     s.denominator = carver->Take<float>(block_rows);
     s.visible = carver->Take<VisibleKeys>(block_rows);
     s.bias = carver->Take<const float*>(block_rows);
+    s.mask = carver->Take<const float*>(block_rows);
     s.packed = carver->Take<uint8_t>(packed_bytes);
     s.key = carver->Take<float>(packed_bytes != 0 ? c.key_size : 0);
     return s;
@@ -171,6 +179,7 @@ struct Attention::Task {
   void AttendPacked(const AttentionJob& rows, uint8_t* memory, size_t head, size_t block) const;
   void Append(size_t entry, size_t kv_head, size_t first, size_t last) const;
   void AppendItem(size_t item) const;
+  VisibleKeys Visible(const Lengths& lengths, size_t token) const;
   void FillRows(const Slot& slot, size_t entry, size_t kv_head, size_t first_row, size_t rows) const;
   void AttendItem(size_t item) const;
   void CombineItem(size_t item) const;
@@ -232,6 +241,9 @@ Status Attention::Check(const AttentionCall& c) const {
         return Status::Invalid(which + " has a past of " + std::to_string(past) +
                                " tokens, but the past cache holds at most " + std::to_string(c.past_capacity));
     }
+    if (c.valid_keys != nullptr && (c.valid_keys[entry] < 0 || static_cast<uint64_t>(c.valid_keys[entry]) > c.new_keys))
+      return Status::Invalid("nonpad_kv_seqlen says that " + which + " has " + std::to_string(c.valid_keys[entry]) +
+                             " keys, but the call has " + std::to_string(c.new_keys));
     const Lengths lengths = LengthsOf(c, entry);
     if (options_.packed) {
       const Status status = CheckPast(c, entry, lengths.past);
@@ -300,8 +312,8 @@ void Attention::Task::PrepareRow(size_t entry, size_t kv_head, size_t first, siz
   for (size_t t = first; t < last; t += kCacheBlock) row.Prepare(t / kCacheBlock);
   for (size_t t = std::max(first, lengths.past); t < last; ++t) {
     const size_t token = t - lengths.past;
-    const float* key = c.key + (entry * c.new_keys + token) * c.key_stride + kv_head * c.key_size;
-    const float* const value = c.value + (entry * c.new_keys + token) * c.value_stride + kv_head * c.value_size;
+    const float* key = c.key + c.key_strides.At(entry, token, kv_head);
+    const float* const value = c.value + c.value_strides.At(entry, token, kv_head);
     if (c.cos != nullptr) {
       const size_t at = static_cast<size_t>(PositionOf(c, lengths, entry, token)) * c.rotary_half;
       RotateHead(key, rotated, c.key_size, c.cos + at, c.sin + at, c.rotary_half, attention->options_.interleaved,
@@ -348,8 +360,8 @@ void Attention::Task::Append(size_t entry, size_t kv_head, size_t first, size_t 
   }
   for (size_t t = std::max(first, lengths.past); t < std::min(last, lengths.total); ++t) {
     const size_t token = t - lengths.past;
-    const float* const key = c.key + (entry * c.new_keys + token) * c.key_stride + kv_head * c.key_size;
-    const float* const value = c.value + (entry * c.new_keys + token) * c.value_stride + kv_head * c.value_size;
+    const float* const key = c.key + c.key_strides.At(entry, token, kv_head);
+    const float* const value = c.value + c.value_strides.At(entry, token, kv_head);
     if (c.cos != nullptr) {
       const size_t at = static_cast<size_t>(PositionOf(c, lengths, entry, token)) * c.rotary_half;
       RotateHead(key, keys + t * c.key_size, c.key_size, c.cos + at, c.sin + at, c.rotary_half,
@@ -372,6 +384,19 @@ void Attention::Task::AppendItem(size_t item) const {
   busy[claimed].store(0, std::memory_order_release);
 }
 
+// The keys that a query sees: in causal attention its own is the last one, wherever the entry's keys end.
+VisibleKeys Attention::Task::Visible(const Lengths& lengths, size_t token) const {
+  const Attention::Options& options = attention->options_;
+  int64_t first = 0, last = static_cast<int64_t>(lengths.total);
+  if (options.causal) {
+    const int64_t own = lengths.before + static_cast<int64_t>(token) + 1;
+    last = std::max<int64_t>(0, std::min(last, own));
+    if (options.window >= 0 && own > options.window) first = own - options.window;
+  }
+  if (call.bias.data != nullptr) last = std::min(last, static_cast<int64_t>(call.bias.keys));
+  return {static_cast<uint32_t>(std::min(first, last)), static_cast<uint32_t>(last)};
+}
+
 // The rows [first_row, first_row + rows) of a group: rotated and scaled queries, what they see, and no sums yet.
 void Attention::Task::FillRows(const Slot& slot, size_t entry, size_t kv_head, size_t first_row, size_t rows) const {
   const AttentionCall& c = call;
@@ -379,8 +404,8 @@ void Attention::Task::FillRows(const Slot& slot, size_t entry, size_t kv_head, s
   const Lengths lengths = LengthsOf(c, entry);
   for (size_t r = 0; r < rows; ++r) {
     const size_t token = (first_row + r) / plan.group, head = kv_head * plan.group + (first_row + r) % plan.group;
-    const bool is_padding = options.causal && token >= lengths.fresh;
-    const float* const in = c.query + (entry * c.queries + token) * c.query_stride + head * c.key_size;
+    const bool is_padding = options.causal && c.last_keys != nullptr && token >= lengths.fresh;
+    const float* const in = c.query + c.query_strides.At(entry, token, head);
     float* const out = slot.q + r * c.key_size;
     if (c.cos != nullptr && !is_padding) {
       const size_t at = static_cast<size_t>(PositionOf(c, lengths, entry, token)) * c.rotary_half;
@@ -388,13 +413,9 @@ void Attention::Task::FillRows(const Slot& slot, size_t entry, size_t kv_head, s
     } else {
       for (size_t i = 0; i < c.key_size; ++i) out[i] = in[i] * scale;
     }
-    const size_t last = is_padding ? 0 : options.causal ? lengths.past + token + 1 : lengths.total;
-    const size_t window = options.window < 0 ? last : static_cast<size_t>(options.window);
-    slot.visible[r] = {static_cast<uint32_t>(last > window ? last - window : 0), static_cast<uint32_t>(last)};
-    if (c.bias != nullptr) {
-      const size_t batch = c.bias_batches == 1 ? 0 : entry, bias_head = c.bias_heads == 1 ? 0 : head;
-      slot.bias[r] = c.bias + ((batch * c.bias_heads + bias_head) * c.queries + token) * c.total;
-    }
+    slot.visible[r] = is_padding ? VisibleKeys{0, 0} : Visible(lengths, token);
+    if (c.bias.data != nullptr) slot.bias[r] = c.bias.data + c.bias.strides.At(entry, token, head);
+    if (c.mask.data != nullptr) slot.mask[r] = c.mask.data + c.mask.strides.At(entry, token, head);
     slot.max[r] = kNothingSeen;
     slot.denominator[r] = 0.0f;
   }
@@ -433,16 +454,16 @@ void Attention::Task::AttendItem(size_t item) const {
   job.q_stride = job.key_size = c.key_size;
   job.rows = rows;
   job.sums_stride = job.value_size = c.value_size;
-  job.k_stride = plan.in_place ? c.key_stride : c.key_size;
-  job.v_stride = plan.in_place ? c.value_stride : c.value_size;
-  const float* const keys = plan.in_place ? c.key + entry * c.new_keys * c.key_stride + kv_head * c.key_size
-                                          : c.present_key + head * c.capacity * c.key_size;
-  const float* const values = plan.in_place ? c.value + entry * c.new_keys * c.value_stride + kv_head * c.value_size
+  job.k_stride = plan.in_place ? c.key_strides.token : c.key_size;
+  job.v_stride = plan.in_place ? c.value_strides.token : c.value_size;
+  const float* const keys =
+      plan.in_place ? c.key + c.key_strides.At(entry, 0, kv_head) : c.present_key + head * c.capacity * c.key_size;
+  const float* const values = plan.in_place ? c.value + c.value_strides.At(entry, 0, kv_head)
                                             : c.present_value + head * c.capacity * c.value_size;
   job.visible = slot.visible;
   job.softcap = attention->options_.softcap;
-  job.bias = c.bias == nullptr ? nullptr : slot.bias;
-  job.key_bias = c.key_bias == nullptr ? nullptr : c.key_bias + entry * c.total;
+  job.bias = c.bias.data == nullptr ? nullptr : slot.bias;
+  job.mask = c.mask.data == nullptr ? nullptr : slot.mask;
   job.max = slot.max;
   job.denominator = slot.denominator;
   job.sums = slot.sums;
@@ -457,7 +478,7 @@ void Attention::Task::AttendItem(size_t item) const {
       Append(entry, kv_head, t, block_end);
     if (block_end <= first_seen || t >= last_seen) continue;
     job.first_key = static_cast<uint32_t>(t);
-    job.keys = block_end - t;
+    job.keys = std::min(block_end, last_seen) - t;
     if (packed) {
       AttendPacked(job, slot.packed, head, t / kCacheBlock);
       continue;
@@ -506,7 +527,7 @@ void Attention::Task::Finish(size_t entry, size_t kv_head, size_t row, float max
     denominator = denominator * factor + std::exp(sink - top);
   }
   if (denominator != 0.0f) factor /= denominator;
-  float* const out = c.output + ((entry * c.queries + token) * options.heads + head) * c.value_size;
+  float* const out = c.output + c.output_strides.At(entry, token, head);
   for (size_t i = 0; i < c.value_size; ++i) out[i] = sums[i] * factor;
 }
 

@@ -14,7 +14,20 @@
 
 namespace sparamx {
 
-// What one run is asked. Tensors are row-major; those of tokens are [batch][tokens][stride], heads side by side.
+// Where the numbers of a head of a token stand in a tensor: floats from one to the next.
+struct TokenStrides {
+  size_t entry = 0, token = 0, head = 0;
+  size_t At(size_t e, size_t t, size_t h) const { return e * entry + t * token + h * head; }
+};
+
+// What is added to scores: a row of `keys` numbers for each query of each head. A stride of 0 stands for all.
+struct ScoreBias {
+  const float* data = nullptr;  // null: none
+  TokenStrides strides;
+  size_t keys = 0;  // those beyond are hidden
+};
+
+// What one run is asked. Caches are row-major.
 struct AttentionCall {
   size_t batch = 0;
   size_t queries = 0;   // tokens of the query
@@ -22,7 +35,7 @@ struct AttentionCall {
   size_t key_size = 0;  // numbers of a head of the query and the key
   size_t value_size = 0;
   const float *query = nullptr, *key = nullptr, *value = nullptr;
-  size_t query_stride = 0, key_stride = 0, value_stride = 0;  // floats from one token to the next
+  TokenStrides query_strides, key_strides, value_strides, output_strides;
 
   // [batch][kv_heads][capacity][size]; null: none. Past and present may be the same memory.
   const float *past_key = nullptr, *past_value = nullptr;
@@ -40,17 +53,18 @@ struct AttentionCall {
 
   const int32_t* last_keys = nullptr;  // [batch], the number of an entry's last key; null: all entries have all keys
   size_t total = 0;                    // keys of the longest entry, past and new
+  // [batch], keys of each entry where the call's keys are a whole cache, the queries' own the last of them. No past
+  // then.
+  const int64_t* valid_keys = nullptr;
 
   const float *cos = nullptr, *sin = nullptr;  // [rotary_positions][rotary_half]; null: no rotation
   size_t rotary_positions = 0, rotary_half = 0;
   const int64_t* positions = nullptr;  // [batch][queries]; null: as many as keys before the token
 
-  const float* bias = nullptr;  // [bias_batches][bias_heads][queries][total], added to the scores
-  size_t bias_batches = 0, bias_heads = 0;
-  const float* key_bias = nullptr;  // [batch][total], likewise
-  const float* sink = nullptr;      // [heads]: a score that every query of the head sees, and that has no value
+  ScoreBias bias, mask;
+  const float* sink = nullptr;  // [heads]: a score that every query of the head sees, and that has no value
 
-  float* output = nullptr;  // [batch][queries][heads * value_size]
+  float* output = nullptr;
 };
 
 class Attention {

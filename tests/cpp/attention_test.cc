@@ -125,9 +125,13 @@ Result RunAttention(Problem p, const char* isa, size_t threads) {
   call.query = p.query.data();
   call.key = p.key.data();
   call.value = p.value.data();
-  call.query_stride = c.heads * c.key_size;
-  call.key_stride = c.kv_heads * c.key_size;
-  call.value_stride = c.kv_heads * c.value_size;
+  const auto strides = [&](size_t heads, size_t size) {
+    return TokenStrides{c.queries * heads * size, heads * size, size};
+  };
+  call.query_strides = strides(c.heads, c.key_size);
+  call.key_strides = strides(c.kv_heads, c.key_size);
+  call.value_strides = strides(c.kv_heads, c.value_size);
+  call.output_strides = strides(c.heads, c.value_size);
   const std::vector<int32_t> last_keys(c.batch, static_cast<int32_t>(p.total() - 1));
   call.total = call.capacity = p.total();
   if (c.past > 0) {
