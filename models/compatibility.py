@@ -12,15 +12,19 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 import math
+import os
 import re
+import subprocess
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,6 +35,8 @@ from numpy.typing import NDArray
 from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.transformers import float16, optimizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 
 import sparamx_onnx
 from sparamx_onnx.graph_passes.plan import Reason
@@ -57,12 +63,18 @@ class Writer:
         tolerances: What the model is converted to (a type of weights, or ``as it is`` where it is quantized already),
             and the largest relative error of an output that passes.
         only: Names of the architectures that it is tried on; None for all.
+        absent: How many linear layers of an architecture it leaves out, because no output needs them.
+        one_text: Whether its attention takes several tokens after a cache for one text at a time, without padding.
+        needs: An environment variable without which it cannot be tried; empty where there is none.
     """
 
     name: str
     write: Callable[[Architecture, Path], Path]
     tolerances: Mapping[str, float]
     only: frozenset[str] | None = None
+    absent: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    one_text: bool = False
+    needs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +138,29 @@ def run(case: Case, folder: Path) -> Result:
     """Writes, converts and compares one model. The folder keeps what cases have in common."""
     with _quiet():
         dense = case.writer.write(case.architecture, folder)
-    feeds = case.architecture.feeds()
-    outcomes = {weights: _convert(dense, weights, feeds, folder) for weights in case.writer.tolerances}
-    # The optimizer joins query, key and value to one product.
-    joined = sum(node.op_type == "Attention" for node in onnx.load(dense, load_external_data=False).graph.node)
-    return Result(case, case.architecture.linear_layers - 2 * joined, outcomes)
+    graph = onnx.load(dense, load_external_data=False).graph
+    feeds = _feeds(case, {value.name for value in graph.input})
+    outcomes = {weights: _convert(case, dense, weights, feeds, folder) for weights in case.writer.tolerances}
+    joined = sum(_takes_joined_projections(node) for node in graph.node)
+    absent = case.writer.absent.get(case.architecture.name, 0)
+    return Result(case, case.architecture.linear_layers - absent - 2 * joined, outcomes)
 
 
-def _convert(dense: Path, weights: str, feeds: Feeds, folder: Path) -> Outcome:
+def _feeds(case: Case, names: set[str]) -> Feeds:
+    """Inputs for the model of a case, which may have fewer than the architecture."""
+    sizes = {**zoo.SIZES, "batch": 1} if case.writer.one_text else zoo.SIZES
+    feeds = {name: values for name, values in case.architecture.feeds(sizes).items() if name in names}
+    if case.writer.one_text:
+        feeds = {name: np.ones_like(values) if name.endswith("mask") else values for name, values in feeds.items()}
+    return feeds
+
+
+def _takes_joined_projections(node: onnx.NodeProto) -> bool:
+    """Whether an attention operator takes query, key and value as the result of one product."""
+    return node.op_type == "Attention" or (node.op_type == "GroupQueryAttention" and not node.input[1])
+
+
+def _convert(case: Case, dense: Path, weights: str, feeds: Feeds, folder: Path) -> Outcome:
     result = sparamx_onnx.convert(
         dense,
         folder / "converted.onnx",
@@ -145,7 +172,9 @@ def _convert(dense: Path, weights: str, feeds: Feeds, folder: Path) -> Outcome:
     error = 0.0
     if result.written and result.output is not None:
         outputs = sparamx_onnx.verify(dense, result.output, inputs=feeds).outputs
-        error = max(np.inf if each.relative_error is None else each.relative_error for each in outputs)
+        # An exporter may add outputs, such as CLIP's cosines: of random embeddings they are near zero.
+        judged = [each.relative_error for each in outputs if each.name in case.architecture.outputs]
+        error = max(np.inf if each is None else each for each in judged)
     return Outcome(
         len(result.plan.converted), {reason: counts[reason] for reason in Reason if counts[reason]}, float(error)
     )
@@ -255,6 +284,75 @@ def _blockwise(bits: int) -> Callable[[Architecture, Path], Path]:
     return write
 
 
+def _checkpoint(architecture: Architecture, folder: Path) -> Path:
+    """The architecture as transformers saves it, with a tokenizer of single bytes."""
+    path = _path(architecture, folder, "checkpoint").with_suffix("")
+    if not path.exists():
+        model: Any = architecture.module().model
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress
+            model.save_pretrained(path)
+        letters = {letter: index + 3 for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(tokenizer_models.BPE(vocab={"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, merges=[]))
+        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        kind: Any = transformers.PreTrainedTokenizerFast
+        kind(tokenizer_object=tokenizer, **names).save_pretrained(path)
+    return path
+
+
+def _run_exporter(command: Iterable[str | Path]) -> None:
+    """Runs a program that writes a model.
+
+    Raises:
+        RuntimeError: It fails; says how.
+    """
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    words = [str(part) for part in command]
+    done = subprocess.run(words, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{words[2]} failed: {done.stderr[-2000:]}")
+
+
+def _genai(precision: str, *options: str) -> Callable[[Architecture, Path], Path]:
+    def write(architecture: Architecture, folder: Path) -> Path:
+        path = _path(architecture, folder, "_".join(("genai", precision, *options))).with_suffix("")
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", precision]
+        places: list[str | Path] = ["-i", _checkpoint(architecture, folder), "-o", path, "-c", folder / "cache"]
+        extra = ("--extra_options", *options) if options else ()
+        _run_exporter([*command, *places, *extra])
+        return path / "model.onnx"
+
+    return write
+
+
+OPTIMUM = "SPARAMX_OPTIMUM_PYTHON"
+"""Names a Python that has optimum-onnx, whose transformers are older than those that the models are built with."""
+
+# What optimum calls what they do.
+_OPTIMUM_TASKS = {
+    **dict.fromkeys(("BERT", "DistilBERT"), "feature-extraction"),
+    "RoBERTa": "text-classification",
+    "ViT": "image-classification",
+    "CLIP": "zero-shot-image-classification",
+    **dict.fromkeys(
+        ("GPT-2", "OPT", "Llama", "Qwen2", "Mistral", "Phi-3", "Gemma-2"),
+        "text-generation-with-past",
+    ),
+}
+
+
+def _optimum(architecture: Architecture, folder: Path) -> Path:
+    path = _path(architecture, folder, "optimum").with_suffix("")
+    command = [os.environ[OPTIMUM], "-m", "optimum.exporters.onnx", "--no-post-process"]
+    checkpoint = _checkpoint(architecture, folder)
+    if architecture.name in ("ViT", "CLIP"):
+        size = {"height": zoo.IMAGE, "width": zoo.IMAGE}
+        kind = f"{architecture.name}ImageProcessor"
+        preprocessing = {"image_processor_type": kind, "size": size, "crop_size": size}
+        (checkpoint / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    _run_exporter([*command, "-m", checkpoint, "--task", _OPTIMUM_TASKS[architecture.name], path])
+    return path / "model.onnx"
+
+
 AS_IT_IS = "as it is"
 """Conversion without --weights: bf16, and codes of quantized weights are kept."""
 
@@ -267,6 +365,10 @@ _DYNAMICALLY = {"fp32": _DYNAMIC, AS_IT_IS: _DYNAMIC}
 # ONNX Runtime quantizes weights of three dimensions per channel, but cannot run them.
 _RUNNABLE = frozenset(each.name for each in zoo.ARCHITECTURES) - {"Mixtral, stacked experts"}
 
+# Decoders that onnxruntime-genai's builder takes as the zoo configures them.
+_BUILT = frozenset({"Llama", "Qwen2", "Mistral"})
+_BUILT_INT4 = {"fp32": _DYNAMIC, AS_IT_IS: TOLERANCES["int8"]}
+
 WRITERS: tuple[Writer, ...] = (
     Writer("torch, dynamo", _dynamo, _FLOAT),
     Writer("torch, TorchScript", _torchscript, _FLOAT),
@@ -277,6 +379,10 @@ WRITERS: tuple[Writer, ...] = (
     Writer("static int8 (QDQ)", _quantized_statically, _STATICALLY, _RUNNABLE),
     Writer("MatMulNBits, 4 bits", _blockwise(4), {"fp32": TOLERANCES["fp32"], AS_IT_IS: TOLERANCES["int8"]}),
     Writer("MatMulNBits, 8 bits", _blockwise(8), {"fp32": TOLERANCES["fp32"], AS_IT_IS: TOLERANCES["int8"]}),
+    Writer("onnxruntime-genai, fp32", _genai("fp32"), _FLOAT, _BUILT, one_text=True),
+    Writer("onnxruntime-genai, int4", _genai("int4"), _BUILT_INT4, _BUILT, one_text=True),
+    Writer("onnxruntime-genai, int4 QDQ", _genai("int4", "use_qdq=1"), _BUILT_INT4, _BUILT, one_text=True),
+    Writer("optimum", _optimum, _FLOAT, frozenset(_OPTIMUM_TASKS), absent={"BERT": 1}, needs=OPTIMUM),
 )
 
 
@@ -288,6 +394,11 @@ def cases() -> list[Case]:
         for writer in WRITERS
         if writer.only is None or architecture.name in writer.only
     ]
+
+
+def can_be_tried(case: Case) -> bool:
+    """Whether what writes the model is there."""
+    return not case.writer.needs or bool(os.environ.get(case.writer.needs))
 
 
 @contextlib.contextmanager
@@ -329,6 +440,13 @@ _REMARKS = {
     "static int8 (QDQ)": "`quantize_static(per_channel=True)`.",
     "MatMulNBits, 4 bits": "`MatMulNBitsQuantizer(bits=4, block_size=32)`, whose activations are not quantized.",
     "MatMulNBits, 8 bits": "`MatMulNBitsQuantizer(bits=8, block_size=32)`.",
+    "onnxruntime-genai, fp32": "`python -m onnxruntime_genai.models.builder -p fp32 -e cpu`, which joins query, key "
+    "and value.",
+    "onnxruntime-genai, int4": "The same with `-p int4`: MatMulNBits, whose activations are quantized.",
+    "onnxruntime-genai, int4 QDQ": "The same with `--extra_options use_qdq=1`.",
+    "optimum": "`python -m optimum.exporters.onnx`. Optimum needs older transformers than the other writers, so an "
+    "environment of its own\n(`pip install optimum-onnx` beside torch), whose Python `SPARAMX_OPTIMUM_PYTHON` names. "
+    "Without that variable, these rows stay\nas they are.",
 }
 
 
@@ -422,7 +540,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
-            if re.search(arguments.only, str(case)):
+            if re.search(arguments.only, str(case)) and can_be_tried(case):
                 results.append(run(case, Path(folder)))
                 print(f"{case}: {_summary(results[-1])}", flush=True)
                 if arguments.write:
