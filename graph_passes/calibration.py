@@ -130,11 +130,11 @@ class Layer:
 
 
 def layers_of(group: LayerGroup) -> list[Layer]:
-    """The layers of a group; several may have the same weight."""
+    """The layers of a group in the main graph; several may have the same weight."""
     return [
         Layer(node, index, packed)
         for node in group.x.consumers()
-        if node.inputs[0] is group.x
+        if node.inputs[0] is group.x and node.graph is group.x.graph
         for index, packed in enumerate(_packed_weights(node))
         if any(packed is weight for weight in group.weights)
     ]

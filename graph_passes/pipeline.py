@@ -27,6 +27,7 @@ from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.graph_passes.rewrite_attention import RewriteAttentionPass
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
 from sparamx_onnx.graph_passes.routers import chooses_experts
+from sparamx_onnx.graph_passes.taken_branches import with_taken_branches
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import (
@@ -51,6 +52,12 @@ DEFAULT_SPARSITY: Final = 0.5
 # What --only-if-faster asks for. A product with few activations takes as long as its weights take to be read; a gain
 # below a tenth drowns in the difference between two runs.
 _FASTER_BELOW = 0.9
+
+
+_OUT_OF_REACH: Final = (
+    "It is in the body of a Loop or Scan, or in a branch that is not taken in all calibration runs, where calibration "
+    "does not look."
+)
 
 
 class Method(StrEnum):
@@ -331,7 +338,7 @@ def prune(
     if not options.prunes_by_calibration:
         return
     pruning = CalibratedPruning(
-        model,
+        with_taken_branches(model, runs),
         runs,
         folder,
         updates=options.method is not Method.WANDA,
@@ -343,6 +350,8 @@ def prune(
     errors = pruning.run()
     for node in plan.converted:
         node.error = errors.get(node.shared or "")
+        if node.pruned and node.error is None:
+            node.pruned, node.prune_note = False, _OUT_OF_REACH
 
 
 def _check_values_are_defined(model: ir.Model) -> None:
@@ -400,8 +409,6 @@ def _choose(found: Iterable[Found], options: ConvertOptions) -> Iterable[Chosen]
             if sparsity is not None:
                 # A pattern that includes a layer names it.
                 plan.prune_note = "" if included is not None else spared_because(layer)
-                if not plan.prune_note and options.prunes_by_calibration and plan.graph is not None:
-                    plan.prune_note = "It is in the body of a node, where calibration does not look."
                 plan.pruned = not plan.prune_note
             if plan.pruned and sparsity is not None:
                 chosen = replace(chosen, prune=_pruner(options, sparsity), prune_key=(options.method, sparsity))

@@ -18,8 +18,10 @@ from sparamx_onnx.graph_passes.calibration import calibrate, layer_groups
 from sparamx_onnx.graph_passes.pipeline import ConvertOptions
 from sparamx_onnx.graph_passes.prune_sparsegpt import SparseGpt
 from sparamx_onnx.graph_passes.prune_wanda import Wanda
+from sparamx_onnx.graph_passes.taken_branches import with_taken_branches
 from sparamx_onnx.ops import packing
 from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.session import InferenceSession
 
 node = helper.make_node
 K = 64  # smaller layers count as heads, which pruning spares
@@ -260,32 +262,95 @@ def test_unusable_inputs(make_model, tmp_path) -> None:
         prune([{"x": np.zeros((1, 2, K + 1), np.float32)}])
 
 
-def test_layers_in_bodies_are_not_pruned(make_model, tmp_path) -> None:
-    w = onnx.numpy_helper.from_array(_weight(), "inner")
+def _merged(make_model) -> onnx.ModelProto:
+    """A decoder with two branches, as optimum merges them: some weights are shared, each branch has one of its own.
+
+    Both branches call their values alike, and a branch within a branch depends on the same input.
+    """
     value = helper.make_tensor_value_info
-    body = helper.make_graph(
-        [node("MatMul", ["x", "inner"], ["t"], "in_body")], "then", [], [value("t", TensorProto.FLOAT, None)], [w]
-    )
-    other = helper.make_graph([node("Identity", ["x"], ["e"])], "else", [], [value("e", TensorProto.FLOAT, None)])
+
+    def branch(name: str, result: str) -> onnx.GraphProto:
+        inner = [
+            helper.make_graph(
+                [node("Mul", ["r", which], ["deep"], f"{name}_{which}")], which, [], [value("deep", 1, None)]
+            )
+            for which in ("two", "one")
+        ]
+        nodes = [
+            node("MatMul", ["start", "shared"], ["p"], f"{name}_shared"),
+            node("Softsign", ["p"], ["q"], f"{name}_softsign"),
+            node("MatMul", ["q", "own"], ["r"], f"{name}_own"),
+            node("If", ["condition"], [result], f"{name}_if", then_branch=inner[0], else_branch=inner[1]),
+            node("Identity", ["start"], ["t"], f"{name}_identity"),
+        ]
+        own = onnx.numpy_helper.from_array(_weight(seed=len(name)), "own")
+        return helper.make_graph(nodes, name, [], [value(result, 1, None), value("t", 1, None)], [own])
+
     nodes = [
-        node("If", ["condition"], ["chosen"], then_branch=body, else_branch=other),
-        node("MatMul", ["chosen", "w"], ["m"]),
+        node("Softsign", ["x"], ["start"]),
+        node("If", ["condition"], ["chosen", "same"], then_branch=branch("then", "s"), else_branch=branch("else", "s")),
+        node("Add", ["chosen", "same"], ["sum"]),
+        node("MatMul", ["sum", "last"], ["m"]),
         node("Softsign", ["m"], ["y"]),
     ]
-    proto = make_model(
-        nodes,
-        {"x": ("b", "s", K)},
-        ["y"],
-        {"w": _weight(seed=1)},
-        extra_inputs=[value("condition", TensorProto.BOOL, [])],
-    )
-    model, plan, options = _rewritten(proto)
-    pipeline.prune(model, plan, options, [{**run, "condition": np.array(True)} for run in _runs()], tmp_path)
+    constants = {"shared": _weight(seed=1), "last": _weight(seed=2), "one": np.float32(1), "two": np.float32(2)}
+    inputs = [value("condition", TensorProto.BOOL, [])]
+    return make_model(nodes, {"x": ("b", "s", K)}, ["y"], constants, extra_inputs=inputs)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_branch_that_is_taken_is_pruned(make_model, tmp_path, taken) -> None:
+    model, plan, options = _rewritten(_merged(make_model))
+    runs = [{**run, "condition": np.array(taken)} for run in _runs(4)]
+    pipeline.prune(model, plan, options, runs, tmp_path)
+    by_name = {layer.node: layer for layer in plan}
+    mine, other = ("then", "else") if taken else ("else", "then")
+    for name in (f"{mine}_shared", f"{mine}_own", f"{other}_shared", "m"):
+        assert by_name[name].pruned, name
+        assert 0 < by_name[name].error < 1
+    assert not by_name[f"{other}_own"].pruned
+    assert "branch" in by_name[f"{other}_own"].prune_note
+    saved = write.save(model, tmp_path / "out.onnx")
+    assert {layer.node: layer.sparsity for layer in plan} == {
+        f"{mine}_shared": 0.5, f"{other}_shared": 0.5, f"{mine}_own": 0.5, "m": 0.5, f"{other}_own": 0.0,
+    }  # fmt: skip
+    # What calibration saw is what the model computes: the pruned weights fit its inputs better than magnitude's do.
+    sessions = [InferenceSession(each) for each in (_merged(make_model).SerializeToString(), saved.model_path)]
+    wanted, got = (each.run(None, runs[0])[0] for each in sessions)
+    assert 0 < np.abs(wanted - got).max() < 0.5 * np.abs(wanted).max()
+
+
+def test_what_branches_see_is_what_runs(make_model, tmp_path) -> None:
+    model, _, _ = _rewritten(_merged(make_model))
+    runs = [{**run, "condition": np.array([True])} for run in _runs()]
+    seen = {}
+
+    def visit(group, activations) -> None:
+        seen[tuple(weight.weight.name for weight in group.weights)] = activations.of_run(1)
+
+    flat = with_taken_branches(model, runs)
+    calibrate(flat, layer_groups(flat, lambda _: True), runs, tmp_path, visit)
+    start = runs[1]["x"] / (1 + np.abs(runs[1]["x"]))
+    product = start @ _weight(seed=1)
+    hidden = product / (1 + np.abs(product))
+    expected = {("shared",): start, ("own",): hidden, ("last",): 2 * (hidden @ _weight(seed=4)) + start}
+    assert seen.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(seen[key], value, rtol=1e-4, atol=1e-5)
+    # The model itself is as it was.
+    assert [each.op_type for each in model.graph].count("If") == 1
+
+
+def test_bodies_that_calibration_cannot_see_are_not_pruned(make_model, tmp_path) -> None:
+    model, plan, options = _rewritten(_merged(make_model))
+    runs = [{**run, "condition": np.array(index == 1)} for index, run in enumerate(_runs())]
+    pipeline.prune(model, plan, options, runs, tmp_path)
     by_name = {layer.node: layer for layer in plan}
     assert by_name["m"].pruned
     assert by_name["m"].error is not None
-    assert not by_name["in_body"].pruned
-    assert "body" in by_name["in_body"].prune_note
+    for name in ("then_shared", "then_own", "else_shared", "else_own"):
+        assert not by_name[name].pruned
+        assert "branch" in by_name[name].prune_note
 
 
 def test_quantized_weights_are_quantized_anew_where_their_values_change(make_model, tmp_path) -> None:
