@@ -291,13 +291,75 @@ def test_causal_multi_head_attention(workbench) -> None:
     assert converted.error(feeds) < 1e-4
 
 
+BIAS = np.random.default_rng(9).standard_normal(32 + 32 + 48).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bias", "types"),
+    [
+        ({"key_padding_mask": ["batch"]}, None, []),
+        ({"key_padding_mask": ["batch", "tokens", "keys"]}, None, []),
+        ({"key": ["batch", 2, "keys", 16], "value": ["batch", 2, "keys", 16]}, None, []),
+        ({}, BIAS, ["Constant", "Add"] * 3),
+        ({}, np.concatenate([BIAS[:32], np.zeros(32, np.float32), BIAS[64:]]), ["Constant", "Add"] * 2),
+        ({"key": ["batch", 2, "keys", 16], "value": ["batch", 2, "keys", 16]}, BIAS[:96], ["Constant", "Add"]),
+    ],
+)
+def test_layouts_and_masks_of_multi_head_attention(workbench, changes, bias, types: list[str]) -> None:
+    inputs: dict[str, Sequence[int | str] | None] = {**MULTI_HEAD, "key_padding_mask": ["batch", "keys"], **changes}
+    inputs["attention_bias"] = [1, 2, "tokens", "keys"]
+    if bias is not None:
+        inputs["bias"] = [len(bias)]
+    proto = multi_head(inputs)
+    if bias is not None:
+        proto.graph.initializer.append(numpy_helper.from_array(bias, "bias"))
+        proto.graph.input.remove(next(value for value in proto.graph.input if value.name == "bias"))
+    converted = workbench.convert(proto, attention="fast")
+    assert converted.op_types == [*types, "SparseAMXAttention"]
+    sizes = {"batch": 2, "tokens": 9, "keys": 13}
+    rng = np.random.default_rng(8)
+    feeds = {
+        name: rng.standard_normal([sizes.get(str(size), size) for size in shape], np.float32)
+        for name, shape in inputs.items()
+        if shape is not None and name != "bias"
+    }
+    mask = feeds["key_padding_mask"]
+    feeds["key_padding_mask"] = rng.integers(*((1, 14) if mask.ndim == 1 else (0, 2)), mask.shape).astype(np.int32)
+    if mask.ndim > 1:
+        feeds["key_padding_mask"][..., 0] = 1
+    assert converted.error(feeds) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"query": ["batch", "tokens", 2, 3, 16]},
+        {"query": ["batch", "tokens", 32], "key": ["batch", "keys", 2, 2, 16]},
+    ],
+)
+def test_packed_multi_head_attention(workbench, shapes: dict[str, Sequence[int | str]]) -> None:
+    """ONNX Runtime computes these on other devices only: compared with the same heads apart."""
+    converted = workbench.convert(multi_head(shapes), attention="fast")
+    assert converted.op_types == ["SparseAMXAttention"]
+    sizes = {"batch": 2, "tokens": 9, "keys": 13}
+    rng = np.random.default_rng(7)
+    feeds = {
+        name: rng.standard_normal([sizes.get(str(size), size) for size in shape], np.float32)
+        for name, shape in shapes.items()
+    }
+    packed = feeds.get("key", feeds["query"])
+    parts = [packed[:, :, :, i].reshape(2, packed.shape[1], 32) for i in range(packed.shape[3])]
+    apart = dict(zip(("query", "key", "value"), [feeds["query"], *parts] if "key" in feeds else parts, strict=True))
+    (expected,) = session(multi_head({name: ["b", "t" + name, 32] for name in apart})).run(None, apart)
+    (actual,) = session(converted.path).run(None, feeds)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
 def test_multi_head_attention_that_stays() -> None:
-    packed = ["batch", "keys", 2, 3, 16]
     cases: list[tuple[onnx.ModelProto, str, str]] = [
-        (multi_head({**MULTI_HEAD, "bias": [112]}), "unsupported_input", "bias"),
-        (multi_head({"query": packed}), "unsupported_input", "one tensor"),
-        (multi_head({**MULTI_HEAD, "key_padding_mask": ["batch"]}), "unsupported_input", "has 1 dimensions"),
-        (multi_head({**MULTI_HEAD, "key": ["batch", 2, "keys", 16]}), "unsupported_input", "key has 4 dimensions"),
+        (multi_head({**MULTI_HEAD, "bias": [112]}), "unsupported_input", "bias is not constant"),
+        (multi_head({"query": ["batch", "tokens", 96]}), "unsupported_input", "one tensor"),
+        (multi_head({**MULTI_HEAD, "key_padding_mask": ["numbers"]}), "unknown_shape", "one dimension"),
         (multi_head(MULTI_HEAD, unidirectional=1), "unknown_shape", "unidirectional"),
         (multi_head(MULTI_HEAD, something_new=1), "unsupported_attributes", "something_new"),
     ]
@@ -306,11 +368,33 @@ def test_multi_head_attention_that_stays() -> None:
         assert (plan.action, plan.reason.value) == (Action.LEFT_ALONE, reason), detail
         assert detail in plan.text
     ranks_unknown = multi_head(MULTI_HEAD)
-    ranks_unknown.graph.input[1].type.tensor_type.ClearField("shape")
+    ranks_unknown.graph.input[3].type.tensor_type.ClearField("shape")
     assert attention_plan(ranks_unknown).reason.value == "unknown_shape"
     other = multi_head(MULTI_HEAD)
     other.graph.node[0].op_type = "DecoderMaskedMultiHeadAttention"
     assert attention_plan(other).reason.value == "unsupported_operator"
+
+
+@pytest.mark.parametrize("unidirectional", [0, 1])
+@pytest.mark.parametrize("shape", [["batch", "tokens", 32], [None, None, 32], None])
+def test_attention_with_weights_is_converted_in_both_steps(workbench, unidirectional: int, shape) -> None:
+    """The product is a linear layer; the rest is attention whose keys are as many as its queries, known or not."""
+    rng = np.random.default_rng(6)
+    weight, bias = rng.standard_normal((32, 96), np.float32) / 6, rng.standard_normal(96).astype(np.float32)
+    node = helper.make_node(
+        "Attention", ["x", "weight", "bias"], ["y"], "attention", domain="com.microsoft", num_heads=2,
+        unidirectional=unidirectional,
+    )  # fmt: skip
+    initializers = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "g", [x], [y], initializers)
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    proto = helper.make_model(graph, ir_version=10, opset_imports=imports)
+    converted = workbench.convert(proto, weights="fp32", attention="fast")
+    assert "SparseAMXAttention" in converted.op_types
+    assert "MultiHeadAttention" not in converted.op_types
+    assert converted.error({"x": rng.standard_normal((2, 11, 32), np.float32)}) < 1e-4
 
 
 def test_a_model_of_attention_alone_is_written(tmp_path: Path) -> None:
