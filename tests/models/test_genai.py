@@ -10,12 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import sparamx_onnx
-from sparamx_onnx.models import llama
+from sparamx_onnx.models import llama, sentences
 from sparamx_onnx.models.llama import TINY
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SHAPE = llama.LlamaShape(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=96, vocab=304, positions=256)
 PROMPT = [5, 9, 77, 30]
 NEW_TOKENS = 200
@@ -59,8 +60,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     model.lm_head.weight.data[2] = 0
     model.save_pretrained(checkpoint)
-    letters = {letter: index + 3 for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, merges=[]))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SHAPE.vocab,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+    )
+    # No token is a part of a letter: what random weights choose is a text.
+    tokenizer.train_from_iterator([text for text in sentences.collect(100) if text.isascii()], trainer)
+    assert tokenizer.get_vocab_size() == SHAPE.vocab
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(checkpoint)
@@ -111,6 +121,37 @@ def test_the_dense_folder_is_judged_right(built: Path) -> None:
     tokens = generate(built)
     logits = dense_logits(built, tokens)
     assert logits[len(PROMPT) - 1 : -1].argmax(axis=1).tolist() == tokens[len(PROMPT) :]
+
+
+TEXT = "Read the file."
+
+
+def test_text_in_text_out_in_onnxruntime_genai(built: Path, tmp_path: Path) -> None:
+    output = Path(sparamx_onnx.convert(built, tmp_path / "converted", weights="bf16", attention="fast").output or "")
+    printed = run_example("genai_text.py", output, TEXT, "--new-tokens", "12")
+    assert printed == continued(output, 12)
+
+
+def test_text_in_text_out_with_operators_of_onnxruntime_extensions(built: Path, tmp_path: Path) -> None:
+    output = Path(sparamx_onnx.convert(built, tmp_path / "converted", weights="bf16").output or "")
+    printed = run_example("continue_text.py", output, TEXT, "--new-tokens", "12")
+    assert printed == continued(output, 12)
+
+
+def run_example(name: str, *arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.removesuffix("\n")
+
+
+def continued(folder: Path, new_tokens: int) -> str:
+    """What the decoder makes of the text, with the tokenizer that the folder's file was made by."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    [tokens] = sparamx_onnx.DecoderSession(folder).generate([tokenizer.encode(TEXT).ids], new_tokens)
+    assert len(set(tokens)) > 2
+    return TEXT + tokenizer.decode(tokens)
 
 
 def test_an_export_of_torch_with_a_configuration_of_one_s_own(llama_path: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
+import onnxruntime_extensions
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from sparamx_onnx.models import minilm, sentences
 
 Convert = Callable[[Path, str, str], Path]
 
-SEARCH_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "search.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SENTENCES = [
     "The cat sleeps on the warm windowsill.",
     "A kitten naps beside the sunny window.",
@@ -125,7 +127,7 @@ def test_pruning_by_magnitude_sets_half_of_each_weight_to_zero(minilm_path: Path
 
 
 def test_the_search_example_finds_what_is_meant(minilm_path: Path, convert_once: Convert) -> None:
-    command = [sys.executable, str(SEARCH_EXAMPLE), str(convert_once(minilm_path, "keep", "bf16"))]
+    command = [sys.executable, str(EXAMPLES / "search.py"), str(convert_once(minilm_path, "keep", "bf16"))]
     command += ["read one line from a file", "--sentences=200", "--top=3"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     scores = [float(line.split("  ", 1)[0]) for line in printed]
@@ -133,3 +135,34 @@ def test_the_search_example_finds_what_is_meant(minilm_path: Path, convert_once:
     assert scores == sorted(scores, reverse=True)
     assert scores[0] > 0.3
     assert any(word in printed[0].lower() for word in ("read", "line", "file"))
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted, with the tokenizer inside."""
+    path = tmp_path_factory.mktemp("text") / "minilm.onnx"
+    minilm.main([str(path), "--text"])
+    return Path(sparamx_onnx.convert(path, weights="bf16").output or "")
+
+
+def test_text_in_embedding_out_in_one_session_with_two_libraries(
+    text_model: Path, minilm_path: Path, convert_once: Convert, corpus: list[str]
+) -> None:
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+    session = sparamx_onnx.InferenceSession(text_model, options)
+    assert [value.name for value in session.get_inputs()] == [minilm.TEXT_INPUT]
+    texts = [*corpus, "Déjà vu in Zürich: naïve café"]
+    expected = np.concatenate([embed(convert_once(minilm_path, "keep", "bf16"), [text]) for text in texts])
+    embeddings = np.concatenate([session.run(None, {minilm.TEXT_INPUT: np.array([text])})[0] for text in texts])
+    assert relative_error(embeddings, expected) < 1e-5
+
+
+def test_the_text_example_knows_what_is_alike(text_model: Path) -> None:
+    def alike(one: str, other: str) -> float:
+        command = [sys.executable, str(EXAMPLES / "text.py"), str(text_model), one, other]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert (
+        alike("How do I read a file?", "Reading text from disk") > 0.4 > alike("How do I read a file?", "Nice weather")
+    )
