@@ -119,50 +119,64 @@ struct Int8Tiles {
   }
 };
 
+// A row of 64 codes, four along K of 16 columns, becomes two rows of 32 bf16, two along K each. Lane j of four vectors
+// is column j / 2 (and 8 + j / 2), k = j % 2 (and 2 + j % 2): the order in which vcvtne2ps2pbf16 joins two of them to a
+// row. Byte i of lane j: the i-th of the four.
+struct PairOrder {
+  alignas(64) uint8_t codes[64];
+  alignas(64) int32_t low[16], high[16];  // columns
+};
+constexpr PairOrder MakePairOrder() {
+  PairOrder order = {};
+  for (int j = 0; j < 16; ++j) {
+    order.low[j] = j / 2;
+    order.high[j] = 8 + j / 2;
+    for (int i = 0; i < 4; ++i)
+      order.codes[4 * j + i] = static_cast<uint8_t>(4 * (8 * (i % 2) + j / 2) + 2 * (i / 2) + j % 2);
+  }
+  return order;
+}
+constexpr PairOrder kPairOrder = MakePairOrder();
+
 struct Int4Tiles {
   static constexpr size_t kMade = 2;
   static constexpr bool kDenseInPlace = false;
 
-  // 32 bf16 of one row: pairs of neighbours along K, column after column.
-  static SPARAMX_INLINE void StorePairs(uint8_t* out, __m512 even, __m512 odd) {
-    const __m512i rounding = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
-    const auto rounded = [&](__m512 f) __attribute__((always_inline)) {
-      const __m512i bits = _mm512_castps_si512(f);
-      return _mm512_add_epi32(_mm512_add_epi32(bits, rounding), _mm512_and_si512(_mm512_srli_epi32(bits, 16), one));
-    };
-    _mm512_store_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(even), 16), rounded(odd)));
-  }
-
-  // Packed tile `tile` of a strip as two bf16 tiles.
+  // Packed tile `tile` of a strip as two bf16 tiles. Per row of 64 weights, beside their expansion: vpermb, 4 vpermps
+  // (all port 5; the table makes numbers of codes), 3 shifts, 4 multiplications, 2 vcvtne2ps2pbf16.
   template <bool Sparse>
   static SPARAMX_INLINE void Expand(const PackedView& w, size_t strip, size_t tile, Cursor* walk, uint8_t* out) {
-    alignas(64) uint8_t codes[kTileBytes];
-    ExpandCodes<true, Sparse>(walk, codes);
-    const __m512i byte = _mm512_set1_epi32(255);
+    const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i order = _mm512_load_si512(kPairOrder.codes);
+    CodeStream<true, Sparse> stream(*walk);
+    stream.BeginTile();
     const size_t group_rows = Min(w.group_size / 4, 16);
-    for (size_t row0 = 0; row0 < 16; row0 += group_rows) {
-      const size_t group = Min(w.groups - 1, (tile * 64 + row0 * 4) / w.group_size);
-      const uint8_t* p = ScalesOf(w, strip, group);
-      const __m512 scales = w.scale_type == ScaleType::kFp16
-                                ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
-                                : _mm512_loadu_ps(p);
-      const __m512 bias = _mm512_mul_ps(scales, _mm512_set1_ps(CodeBias(WeightType::kInt4)));
-      const auto weight = [&](__m512i code) __attribute__((always_inline)) {
-        return _mm512_fmsub_ps(_mm512_cvtepi32_ps(code), scales, bias);
-      };
-      for (size_t row = row0; row < row0 + group_rows; ++row) {
-        const __m512i quads = _mm512_load_si512(codes + row * 64);
-        const __m512 w0 = weight(_mm512_and_si512(quads, byte));
-        const __m512 w1 = weight(_mm512_and_si512(_mm512_srli_epi32(quads, 8), byte));
-        const __m512 w2 = weight(_mm512_and_si512(_mm512_srli_epi32(quads, 16), byte));
-        const __m512 w3 = weight(_mm512_srli_epi32(quads, 24));
-        StorePairs(out + row * 128, w0, w1);
-        StorePairs(out + row * 128 + 64, w2, w3);
+    __m512 low = {}, high = {};
+#pragma GCC unroll 16
+    for (size_t row = 0; row < 16; ++row) {
+      if (row % group_rows == 0) {
+        const uint8_t* p = ScalesOf(w, strip, Min(w.groups - 1, (tile * 64 + row * 4) / w.group_size));
+        const __m512 scales = w.scale_type == ScaleType::kFp16
+                                  ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
+                                  : _mm512_loadu_ps(p);
+        low = _mm512_permutexvar_ps(_mm512_load_si512(kPairOrder.low), scales);
+        high = _mm512_permutexvar_ps(_mm512_load_si512(kPairOrder.high), scales);
       }
+      const __m512i codes = _mm512_permutexvar_epi8(order, stream.Row(static_cast<int>(row)));
+      const auto weights = [&](__m512i index, __m512 scales) __attribute__((always_inline)) {
+        return _mm512_mul_ps(_mm512_permutexvar_ps(index, numbers), scales);  // of an index the low four bits count
+      };
+      const __m512 w0 = weights(codes, low), w1 = weights(_mm512_srli_epi32(codes, 8), high);
+      const __m512 w2 = weights(_mm512_srli_epi32(codes, 16), low), w3 = weights(_mm512_srli_epi32(codes, 24), high);
+      _mm512_store_si512(out + row * 128, (__m512i)_mm512_cvtne2ps_pbh(w1, w0));
+      _mm512_store_si512(out + row * 128 + 64, (__m512i)_mm512_cvtne2ps_pbh(w3, w2));
     }
+    *walk = stream.cursor();
   }
   SPARAMX_PRODUCTS(_tile_dpbf16ps)
-  static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) { return sum; }
+  static SPARAMX_INLINE __m512 Result(const MatMulJob&, size_t, size_t, __m512 sum) {
+    return sum;
+  }
 };
 
 // --- One step along K: weights from b0 and b1, rows from x, into the sums
