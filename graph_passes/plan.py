@@ -79,7 +79,8 @@ _TEXTS: Mapping[Reason, str] = {
     Reason.UNSUPPORTED_DTYPE: "The activations are of a type that the sparse operator does not take; "
     "export the model in float32 or float16.",
     Reason.UNSUPPORTED_ATTRIBUTES: "The node has attributes that the sparse operator cannot express.",
-    Reason.UNSUPPORTED_BIAS: "The third input is not a constant vector with one element per output.",
+    Reason.UNSUPPORTED_BIAS: "Its own bias is not a constant vector with one element per output; "
+    "export it as an Add behind the product.",
     Reason.IN_SUBGRAPH: "The node is in the body of an If, Loop or Scan, which in IR versions below 4 cannot hold a "
     "packed weight; convert the model to a newer IR version before.",
     Reason.IN_FUNCTION: "The node is in a model-local function that cannot be inlined; export the model without it.",

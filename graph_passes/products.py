@@ -161,18 +161,47 @@ def _read_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
         return Product((node,), x, weight, output=node.outputs[0])
     if int_attribute(node, "transB", 0):
         weight = weight.transposed()
-    bias = None
+    bias = after = None
     c = node.inputs[2] if len(node.inputs) > 2 else None
     beta = float_attribute(node, "beta", 1.0)
     if c is not None and beta != 0.0:
         constant = constant_vector(c, weight.shape[1], folder, 2, weight.dtype)
-        if constant is None:
+        if constant is not None:
+            bias = Bias(constant, beta)
+        elif _can_be_added(c, weight):
+            after = _add(c, beta, weight.dtype)
+        else:
             return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight)
-        bias = Bias(constant, beta)
     if int_attribute(node, "transA", 0):
         return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1.", weight)
-    scale = float_attribute(node, "alpha", 1.0)
-    return Product((node,), x, weight, scale, bias, takes_add=bias is None, rank=2, output=node.outputs[0])
+    return Product(
+        (node,), x, weight, float_attribute(node, "alpha", 1.0), bias,
+        takes_add=c is None or beta == 0.0, rank=2, output=node.outputs[0], after=after,
+    )  # fmt: skip
+
+
+def _can_be_added(c: ir.Value, weight: FoldedConstant) -> bool:
+    """Whether a value may be added to the product of a Gemm: a matrix, or a vector that is computed, of its type."""
+    if c.dtype not in (None, weight.dtype):
+        return False
+    if c.shape is None:
+        return True
+    columns = c.shape[-1] if len(c.shape) > 0 else 1
+    return len(c.shape) <= 2 and not (isinstance(columns, int) and columns not in (1, weight.shape[1]))
+
+
+def _add(c: ir.Value, factor: float, dtype: ir.DataType) -> NewNodes:
+    """Adds a value times a factor."""
+
+    def after(product: ir.Value) -> Sequence[ir.Node]:
+        if factor == 1.0:
+            return [ir.Node("", "Add", [product, c])]
+        tensor = ir.Tensor(np.array(factor, dtype.numpy()))
+        constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
+        scaled = ir.Node("", "Mul", [c, constant.outputs[0]])
+        return [constant, scaled, ir.Node("", "Add", [product, scaled.outputs[0]])]
+
+    return after
 
 
 def _read_fused_matmul(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
@@ -219,8 +248,11 @@ def _read_fused_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal
         if old in node.attributes
     ]
 
+    add = product.after
+
     def after(value: ir.Value) -> Sequence[ir.Node]:
-        return [ir.Node("", name, [value], attributes)]
+        before = [] if add is None else add(value)
+        return [*before, ir.Node("", name, [before[-1].outputs[0] if before else value], attributes)]
 
     return Product(
         product.nodes, product.x, product.weight, product.scale, product.bias,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -181,7 +181,7 @@ def _replace(
     """
     graph = layer.node.graph
     assert isinstance(graph, ir.Graph)
-    before = _around(layer.before, replaced.get(layer.x, layer.x), layer, names)
+    before = _around(layer.before, replaced.get(layer.x, layer.x), layer, names, replaced)
     inputs = [before[-1].outputs[0] if before else replaced.get(layer.x, layer.x), packed]
     if layer.bias is not None:
         inputs.append(_bias_value(model, layer, layer.bias, names))
@@ -199,7 +199,7 @@ def _replace(
     )
     product = node.outputs[0]
     product.type = ir.TensorType(layer.dtype)
-    after = _around(layer.after, product, layer, names)
+    after = _around(layer.after, product, layer, names, replaced)
     if after:
         product.name = names.unused(f"{layer.node.name}{SUFFIX}")
     old = layer.output
@@ -212,10 +212,15 @@ def _replace(
     return freed
 
 
-def _around(make: NewNodes | None, value: ir.Value, layer: LinearLayer, names: Names) -> Sequence[ir.Node]:
+def _around(
+    make: NewNodes | None, value: ir.Value, layer: LinearLayer, names: Names, replaced: Mapping[ir.Value, ir.Value]
+) -> Sequence[ir.Node]:
     """The nodes before or after a product, with names of their own."""
     nodes = [] if make is None else make(value)
     for node in nodes:
+        for index, source in enumerate(node.inputs):
+            if source is not None and source in replaced:
+                node.replace_input_with(index, replaced[source])
         node.name = f"{layer.node.name}/{node.op_type}"
         for output in node.outputs:
             output.name = names.unused(f"{node.name}{SUFFIX}")

@@ -337,9 +337,12 @@ def _refusals(make_model, sparse) -> dict[Reason, list[onnx.ModelProto]]:
             )
         ],
         Reason.UNSUPPORTED_BIAS: [
-            make_model([node("Gemm", ["x", "w", "c"], ["y"])], {**x, "c": (N,)}, ["y"], {"w": w}),
-            make_model([node("Gemm", ["x", "w", "c"], ["y"])], x, ["y"], {"w": w, "c": _x(2, N)}),
-            make_model([node("Gemm", ["x", "w", "c"], ["y"])], x, ["y"], {"w": w, "c": _x(2, 1)}),
+            make_model(
+                [node("DynamicQuantizeMatMul", ["x", "q", "s", "", "c"], ["y"], domain="com.microsoft")],
+                {**x, "c": (N,)},
+                ["y"],
+                {"q": np.ones((K, N), np.int8), "s": np.float32(0.5)},
+            ),
         ],
         Reason.UNSUPPORTED_OPERATOR: [
             make_model([node("Einsum", ["x", "e"], ["y"], equation="mk,khn->mhn")], x, ["y"], {"e": sparse((K, 2, N))}),

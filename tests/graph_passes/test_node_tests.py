@@ -31,7 +31,6 @@ LEFT_ALONE = {
     "test_einsum_batch_matmul": Reason.UNSUPPORTED_DTYPE,
     "test_einsum_batch_matmul_bfloat16": Reason.UNSUPPORTED_DTYPE,
     "test_gemm_all_attributes": Reason.UNSUPPORTED_ATTRIBUTES,
-    "test_gemm_default_matrix_bias": Reason.UNSUPPORTED_BIAS,
     "test_gemm_transposeA": Reason.UNSUPPORTED_ATTRIBUTES,
     "test_matmul_1d_1d": Reason.WEIGHT_NOT_2D,
     "test_matmul_1d_3d": Reason.WEIGHT_NOT_2D,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -54,6 +55,46 @@ def test_fused_gemm(workbench, make_model, sparse, activation, parameters) -> No
     converted = workbench.convert(make_model(nodes, {"x": (3, K)}, ["y"], {"w": sparse((N, K)), "c": _x(N)}))
     assert converted.op_types == ["SparseAMXMatMul", activation]
     assert converted.error({"x": _x(3, K)}) <= EXACT
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(3, N), (3, 1), (1, N), (N,), (1,)])
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("op_type", ["Gemm", "FusedGemm"])
+def test_a_gemm_adds_whatever_fits(workbench, make_model, sparse, op_type, constant, shape, beta) -> None:
+    fused = {"domain": MICROSOFT, "activation": "Tanh"} if op_type == "FusedGemm" else {}
+    nodes = [node(op_type, ["x", "w", "c"], ["y"], alpha=0.5, beta=beta, **fused)]
+    c = _x(*shape)
+    inputs, constants = {"x": (3, K)}, {"w": sparse((K, N))}
+    (constants if constant else inputs)["c"] = c if constant else shape
+    converted = workbench.convert(make_model(nodes, inputs, ["y"], constants))
+    absorbed = constant and shape[-1] in (1, N) and math.prod(shape[:-1]) == 1
+    added = [] if absorbed else [*(["Constant", "Mul"] if beta != 1.0 else []), "Add"]
+    assert converted.op_types == ["SparseAMXMatMul", *added, *(["Tanh"] if fused else [])]
+    assert converted.plan.nodes[0].bias == absorbed
+    assert converted.error({"x": _x(3, K)} | ({} if constant else {"c": c})) <= EXACT
+
+
+def test_a_gemm_adds_the_result_of_another_layer(workbench, make_model, sparse) -> None:
+    nodes = [
+        node("Gemm", ["x", "w0"], ["first"]),
+        node("Gemm", ["x", "w1", "first"], ["second"], beta=-2.0),
+        node("Relu", ["second"], ["y"]),
+    ]
+    for options in ({}, {"fuse_siblings": "always"}):
+        proto = make_model(nodes, {"x": (3, K)}, ["y", "second"], {"w0": sparse((K, N)), "w1": sparse((K, N), seed=1)})
+        converted = workbench.convert(proto, **options)
+        assert "Gemm" not in converted.op_types
+        assert converted.error({"x": _x(3, K)}) <= EXACT
+
+
+def test_a_gemm_of_halves_adds_a_matrix(workbench, make_model, sparse) -> None:
+    weights = {"w": sparse((K, N)).astype(np.float16), "c": _x(3, N).astype(np.float16)}
+    nodes = [node("Gemm", ["x", "w", "c"], ["y"])]
+    proto = make_model(nodes, {"x": (3, K)}, ["y"], weights, element_type=TensorProto.FLOAT16)
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul", "Add"]
+    assert converted.error({"x": _x(3, K).astype(np.float16)}) <= 2e-3
 
 
 def test_a_fused_gemm_with_an_unknown_activation(workbench, make_model, sparse) -> None:
