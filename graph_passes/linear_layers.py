@@ -129,8 +129,8 @@ class LinearLayerFinder:
     1. W is a constant of two dimensions and not empty; Identity, Transpose, Cast and DequantizeLinear of it are folded.
        A W that is also a graph input, or is computed from constants in another way, is refused.
     2. X is not a constant, and X and W are both float32, or both float16, where they are multiplied. float16 and
-       bfloat16 weights behind a Cast to float32 are taken; other operators than MatMul, Gemm, Einsum, FusedMatMul and
-       FusedGemm are taken in float32 alone.
+       bfloat16 weights behind a Cast to float32 are taken; other operators than MatMul, Gemm, Einsum, FusedMatMul,
+       FusedGemm and MatMulNBits are taken in float32 alone.
     3. Factors of the product become factors of the weight. A transposed X is refused. A third input of Gemm that is
        not a constant of one element or of N elements is added to the product; such biases of others are refused.
     4. A product without a bias takes an Add of a constant vector of N elements, or of one element, as its bias: where
@@ -308,8 +308,9 @@ def holds_products(function: ir.Function) -> bool:
 
 def _takes_halves(product: Product) -> bool:
     """Whether a product is one of float16 numbers, with nothing before it."""
-    is_float = (product.nodes[0].domain, product.nodes[0].op_type) in FLOAT_READERS
-    return is_float and product.weight.dtype == ir.DataType.FLOAT16 and product.before is None
+    operator = (product.nodes[0].domain, product.nodes[0].op_type)
+    takes_any = operator in FLOAT_READERS or operator == (MICROSOFT, "MatMulNBits")
+    return takes_any and product.weight.dtype == ir.DataType.FLOAT16 and product.before is None
 
 
 def _type_refusal(x: ir.Value | None, weight: FoldedConstant) -> NotConstant | None:

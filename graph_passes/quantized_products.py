@@ -184,7 +184,7 @@ def _read_matmul_nbits(node: ir.Node, folder: ConstantFolder) -> Product | Refus
         return Refusal(weight.reason, weight.detail, codes)
     bias = None
     if _input(node, 5) is not None:
-        constant = constant_vector(_input(node, 5), n, folder, rank=1)
+        constant = constant_vector(_input(node, 5), n, folder, rank=1, dtype=weight.dtype)
         if constant is None:
             return Refusal(Reason.UNSUPPORTED_BIAS, weight=codes)
         bias = Bias(constant)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -17,6 +18,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.plan import Action, Reason
 from sparamx_onnx.ops import packing
+from sparamx_onnx.session import InferenceSession
 
 K, N = 70, 45
 node = helper.make_node
@@ -441,6 +443,35 @@ def test_matmul_nbits_of_8_bits(workbench, make_model) -> None:
         exact = workbench.convert(proto, weights="fp32", name="fp32.onnx")
         np.testing.assert_array_equal(packing.unpack(_blob(exact, "w.sparamx")), meaning)
         assert exact.error({"x": _x(3, k)}) <= EXACT
+
+
+@pytest.mark.parametrize("weights", ["fp32", None])
+@pytest.mark.parametrize("spelling", ["MatMulNBits", "DequantizeLinear"])
+def test_quantized_weights_of_halves(workbench, make_model, spelling, weights) -> None:
+    k, n, block = 64, 32, 32
+    codes, scales = _codes(0, 15, (n, k), 8), _scales(n, k // block).astype(np.float16)
+    constants = {"s": scales, "b": _x(n).astype(np.float16)}
+    if spelling == "MatMulNBits":
+        attributes = {"K": k, "N": n, "bits": 4, "block_size": block}
+        nodes = [node("MatMulNBits", ["x", "w", "s", "", "", "b"], ["y"], "product", domain=MICROSOFT, **attributes)]
+        pairs = codes.astype(np.uint8).reshape(n, k // block, block // 2, 2)
+        constants["w"] = pairs[..., 0] | pairs[..., 1] << 4
+    else:
+        nodes = [
+            node("DequantizeLinear", ["w", "s"], ["d"], axis=1, block_size=block),
+            node("Gemm", ["x", "d", "b"], ["y"], "product", transB=1),
+        ]
+        constants["w"] = (codes - 8).astype(np.int8).astype(ml_dtypes.int4)
+    types = {"element_type": TensorProto.FLOAT16, "opset": 21}
+    converted = workbench.convert(make_model(nodes, {"x": (3, k)}, ["y"], constants, **types), weights=weights)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    assert converted.node("product").weight_type == ("fp32" if weights else "int4")
+    meaning = _meaning(codes, np.repeat(scales.astype(np.float32), block, axis=1), 8).T
+    x = _x(3, k).astype(np.float16)
+    wanted = x.astype(np.float32) @ meaning + constants["b"].astype(np.float32)
+    (got,) = InferenceSession(converted.path).run(None, {"x": x})
+    assert got.dtype == np.float16
+    assert np.abs(got - wanted).max() <= (2e-3 if weights else DYNAMIC) * np.abs(wanted).max()
 
 
 def test_malformed_matmul_nbits(workbench, make_model) -> None:
