@@ -50,7 +50,6 @@ class Decoder {
 
   // Takes tokens that follow those of the calls before; the most likely token after the last of them.
   int64_t Next(std::vector<int64_t> tokens) {
-    const auto count = static_cast<int64_t>(tokens.size());
     std::vector<int64_t> positions(tokens.size());
     for (int64_t& position : positions) position = length_++;
     std::vector<int64_t> mask(static_cast<size_t>(length_), 1);
@@ -80,8 +79,10 @@ class Decoder {
       if (name.rfind("present", 0) == 0) {
         cache_.insert_or_assign(kPast + name.substr(std::string("present").size()), std::move(outputs[i]));
       } else if (name == "logits") {
-        const int64_t vocabulary = outputs[i].GetTensorTypeAndShapeInfo().GetShape().back();
-        const float* last = outputs[i].GetTensorData<float>() + (count - 1) * vocabulary;
+        // One text, a row for each token (or for the last one alone), a number for each token that may follow.
+        const std::vector<int64_t> shape = outputs[i].GetTensorTypeAndShapeInfo().GetShape();
+        const int64_t vocabulary = shape.back();
+        const float* last = outputs[i].GetTensorData<float>() + (shape[shape.size() - 2] - 1) * vocabulary;
         token = std::max_element(last, last + vocabulary) - last;
       }
     }

@@ -1,7 +1,6 @@
 """Converted decoders in onnxruntime-genai, which knows the library from its configuration file alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 import sparamx_onnx
-from sparamx_onnx.models import llama, sentences
+from sparamx_onnx.models import llama
 from sparamx_onnx.models.llama import TINY
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SHAPE = llama.LlamaShape(hidden=128, layers=2, heads=4, kv_heads=2, intermediate=96, vocab=304, positions=256)
 PROMPT = [5, 9, 77, 30]
 NEW_TOKENS = 200
 # How far the logit of a chosen token may lie below the dense model's largest one, by the largest absolute logit.
@@ -51,45 +48,16 @@ def generate(folder: Path, new_tokens: int = NEW_TOKENS) -> list[int]:
     return tokens
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as onnxruntime-genai's own builder writes it from a checkpoint with random weights."""
-    checkpoint, folder = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("built")
-    model = llama.build(SHAPE)
-    # An end of text that is never chosen, so that nothing ends early.
-    model.config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
-    model.lm_head.weight.data[2] = 0
-    model.save_pretrained(checkpoint)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE.vocab,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        show_progress=False,
-    )
-    # No token is a part of a letter: what random weights choose is a text.
-    tokenizer.train_from_iterator([text for text in sentences.collect(100) if text.isascii()], trainer)
-    assert tokenizer.get_vocab_size() == SHAPE.vocab
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(checkpoint)
-    build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", folder]
-    done = subprocess.run(
-        [*build, "-p", "fp32", "-e", "cpu", "-c", str(tmp_path_factory.mktemp("cache"))],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
+def decoder_configuration(folder: Path) -> dict[str, int]:
+    decoder: dict[str, int] = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    return decoder
 
 
 def dense_logits(folder: Path, tokens: list[int]) -> np.ndarray:
     """The original model's logits [tokens, vocab] for a text, by ONNX Runtime alone."""
     session = sparamx_onnx.InferenceSession(folder / "model.onnx")
-    empty = np.zeros((1, SHAPE.kv_heads, 0, SHAPE.head_size), np.float32)
+    sizes = decoder_configuration(folder)
+    empty = np.zeros((1, sizes["num_key_value_heads"], 0, sizes["head_size"]), np.float32)
     inputs = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
     inputs["input_ids"] = np.array([tokens], np.int64)
     inputs["attention_mask"] = np.ones((1, len(tokens)), np.int64)
@@ -104,9 +72,10 @@ def test_a_converted_folder_generates_the_dense_model_s_tokens(
 ) -> None:
     output = tmp_path / "converted"
     plan = sparamx_onnx.convert(built, output, weights=weights, attention=attention).plan
-    assert len(plan.converted) == 5 * SHAPE.layers + 1  # query, key and value are one
+    layers = decoder_configuration(built)["num_hidden_layers"]
+    assert len(plan.converted) == 5 * layers + 1  # query, key and value are one
     operators = [node.op_type for node in onnx.load(output / "model.onnx", load_external_data=False).graph.node]
-    assert operators.count("SparseAMXAttention") == (SHAPE.layers if attention == "fast" else 0)
+    assert operators.count("SparseAMXAttention") == (layers if attention == "fast" else 0)
     tokens = generate(output)
     logits = dense_logits(built, tokens)
     # Token by token: after a choice between two that are nearly equal, the texts may differ altogether.
