@@ -13,6 +13,7 @@ class AttentionReason(StrEnum):
     """Why: the closed list. ``text`` is a sentence that a user can act on."""
 
     CONVERTED = "converted"
+    PACKED = "packed"
     ALREADY_CONVERTED = "already_converted"
     NOT_ASKED_FOR = "not_asked_for"
     EXCLUDED_BY_USER = "excluded_by_user"
@@ -32,8 +33,10 @@ class AttentionReason(StrEnum):
 
 _TEXTS: Mapping[AttentionReason, str] = {
     AttentionReason.CONVERTED: "Reads each key and value once for all heads that share it.",
+    AttentionReason.PACKED: "Reads each key and value once for all heads that share it, from a cache that is pruned as "
+    "it grows old.",
     AttentionReason.ALREADY_CONVERTED: "It is an attention operator of this package already.",
-    AttentionReason.NOT_ASKED_FOR: "It can be converted: choose --attention fast.",
+    AttentionReason.NOT_ASKED_FOR: "It can be converted: choose --attention fast or packed.",
     AttentionReason.EXCLUDED_BY_USER: "An exclude pattern matches it.",
     AttentionReason.UNSUPPORTED_OPERATOR: "This version does not convert this operator.",
     AttentionReason.UNSUPPORTED_DTYPE: "Its tensors are not float32; export the model in float32.",

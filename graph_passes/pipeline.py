@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from sparamx_onnx.graph_passes.inline_functions import inline_functions
 from sparamx_onnx.graph_passes.kept_codes import KeptCodes, kept_codes
 from sparamx_onnx.graph_passes.linear_layers import Found, LinearLayer, LinearLayerFinder
 from sparamx_onnx.graph_passes.measure import QUANTIZED, Progress, measure, prune_by_magnitude
+from sparamx_onnx.graph_passes.pack_cache import PackCachePass
 from sparamx_onnx.graph_passes.packed_weight import Pruner
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruner, CalibratedPruning
@@ -30,6 +31,7 @@ from sparamx_onnx.graph_passes.routers import chooses_experts
 from sparamx_onnx.graph_passes.taken_branches import with_taken_branches
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.packed_cache import CacheLayout, CacheOptions
 from sparamx_onnx.ops.packing import (
     DEFAULT_GROUP_SIZE,
     GROUP_SIZES,
@@ -48,6 +50,9 @@ KEPT_KEY: Final = "kept"
 """Key of the options there, if quantized weights have kept their codes: the types of these."""
 
 DEFAULT_SPARSITY: Final = 0.5
+
+DEFAULT_CACHE: Final = CacheOptions(k_sparsity=0.3, v_sparsity=0.5, sink=64, recent=64)
+"""How a packed cache is pruned by default (docs/quality.md says what that costs)."""
 
 # What --only-if-faster asks for. A product with few activations takes as long as its weights take to be read; a gain
 # below a tenth drowns in the difference between two runs.
@@ -93,6 +98,7 @@ class AttentionMode(StrEnum):
 
     KEEP = "keep"
     FAST = "fast"
+    PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,12 @@ class ConvertOptions:
         fuse_siblings: ``auto`` makes one operator of layers with the same input where that was measured to be faster,
             ``always`` wherever it can be done, ``never`` nowhere.
         attention: ``keep`` leaves attention operators; ``fast`` replaces those over a float cache by an operator that
-            computes the same.
+            computes the same; ``packed`` does so, too, and gives it a cache in bf16, pruned as it grows old.
+        k_sparsity: The part of old keys that is pruned, from 0 to below 1; None takes 0.3. This and the next three are
+            for ``packed`` attention only.
+        v_sparsity: The part of old values that is pruned; None takes 0.5.
+        sink: So many first tokens are never pruned; None takes 64.
+        recent: So many last tokens are not pruned yet; None takes 64.
         only_if_faster: Leave layers alone that would hardly be smaller than the dense weight is in float32.
         threads: Threads to pack with; 0 takes one per core. The result does not depend on it.
     """
@@ -140,6 +151,10 @@ class ConvertOptions:
     exclude: tuple[str, ...] = ()
     fuse_siblings: FuseSiblings = FuseSiblings.AUTO
     attention: AttentionMode = AttentionMode.KEEP
+    k_sparsity: float | None = None
+    v_sparsity: float | None = None
+    sink: int | None = None
+    recent: int | None = None
     only_if_faster: bool = False
     threads: int = 0
 
@@ -172,6 +187,7 @@ class ConvertOptions:
             object.__setattr__(self, "pattern", Pattern.parse(text))
         self._check_scales()
         self._check_pruning()
+        self._check_cache()
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             if isinstance(patterns, str):
@@ -205,6 +221,13 @@ class ConvertOptions:
             if self.pattern is not None:
                 raise SparamxError(f"The pattern {self.pattern} gives every layer the same sparsity.")
 
+    def _check_cache(self) -> None:
+        for name in asdict(DEFAULT_CACHE):
+            if self.attention is not AttentionMode.PACKED and getattr(self, name) is not None:
+                what = name.replace("_", " ")
+                raise SparamxError(f"Only packed attention takes a {what}, not the mode {self.attention.value}.")
+        CacheLayout(self.cache, key_size=1, value_size=1)
+
     def _check_scales(self) -> None:
         if self.weights is WeightType.INT4:
             if self.group_size is None:
@@ -233,6 +256,12 @@ class ConvertOptions:
         return PackOptions(
             weight_type=self.weight_type, scale_type=scales, group_size=self.group_size or 0, threads=self.threads
         )
+
+    @property
+    def cache(self) -> CacheOptions:
+        """How the cache of packed attention is pruned."""
+        given = {name: getattr(self, name) for name in asdict(DEFAULT_CACHE)}
+        return replace(DEFAULT_CACHE, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def prunes_by_calibration(self) -> bool:
@@ -271,6 +300,7 @@ class ConvertOptions:
             "exclude": list(self.exclude),
             "fuse_siblings": self.fuse_siblings.value,
             "attention": self.attention.value,
+            **(asdict(self.cache) if self.attention is AttentionMode.PACKED else {}),
             "only_if_faster": self.only_if_faster,
         }
 
@@ -306,7 +336,8 @@ def run(
         chosen = [candidate for candidate in chosen if _is_faster(candidate.plan)]
     RewriteMatMulPass(chosen)(model)
     FuseSiblingsPass(chosen, options.fuse_siblings)(model)
-    rewrite_attention = RewriteAttentionPass(fast=options.attention is AttentionMode.FAST, exclude=options.exclude)
+    replaces = options.attention is not AttentionMode.KEEP
+    rewrite_attention = RewriteAttentionPass(fast=replaces, exclude=options.exclude)
     rewrite_attention(model)
     plan.attention = rewrite_attention.plans
     if plan.changes:
@@ -317,6 +348,18 @@ def run(
             record[KEPT_KEY] = sorted(kept)
         model.metadata_props[OPTIONS_KEY] = json.dumps(record, sort_keys=True)
     return plan
+
+
+def pack_caches(model: ir.Model, plan: Plan, options: ConvertOptions) -> None:
+    """Gives packed attention its cache, where the options ask for it; after ``prune``, whose inputs are the original's.
+
+    Args:
+        model: What ``run`` has rewritten.
+        plan: What ``run`` returned; completed by what becomes of each cache.
+        options: The same as for ``run``.
+    """
+    if options.attention is AttentionMode.PACKED:
+        PackCachePass(options.cache, plan.attention)(model)
 
 
 def prune(

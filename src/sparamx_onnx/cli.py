@@ -224,11 +224,31 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 )
 @click.option(
     "--attention",
-    type=click.Choice(["keep", "fast"]),
+    type=click.Choice(["keep", "fast", "packed"]),
     default="keep",
     show_default=True,
     help="fast: replace GroupQueryAttention and MultiHeadAttention by an operator that computes the same and reads each"
-    " key and value once.",
+    " key and value once. packed: likewise, with a cache in bf16 that is pruned as it grows old, for DecoderSession.",
+)
+@click.option(
+    "--k-sparsity",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="For packed attention: the part of old keys that is pruned.  [default: 0.3]",
+)
+@click.option(
+    "--v-sparsity",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="For packed attention: the part of old values that is pruned.  [default: 0.5]",
+)
+@click.option(
+    "--sink",
+    type=click.IntRange(0),
+    help="For packed attention: so many first tokens are never pruned.  [default: 64]",
+)
+@click.option(
+    "--recent",
+    type=click.IntRange(0),
+    help="For packed attention: so many last tokens are not pruned yet.  [default: 64]",
 )
 @click.option(
     "--report",
@@ -253,6 +273,10 @@ def convert(
     exclude: tuple[str, ...],
     fuse_siblings: str,
     attention: str,
+    k_sparsity: float | None,
+    v_sparsity: float | None,
+    sink: int | None,
+    recent: int | None,
     report: str | None,
     dry_run: bool,
     force: bool,
@@ -261,8 +285,8 @@ def convert(
     """Rewrites the linear layers of MODEL as sparse operators.
 
     Writes OUT and OUT.data; MODEL is never changed. A MatMul or Gemm with a constant weight is converted, or listed
-    with the reason why it was left alone; with --attention fast, attention operators too. For a model that is converted
-    already or has nothing to convert nothing is written.
+    with the reason why it was left alone; with --attention fast or packed, attention operators too. For a model that is
+    converted already or has nothing to convert nothing is written.
 
     Where MODEL is a folder of onnxruntime-genai (with genai_config.json), OUT is a folder that it can run: the decoder
     is converted, the library lies beside it, and everything else is copied.
@@ -289,6 +313,10 @@ def convert(
             exclude=exclude,
             fuse_siblings=fuse_siblings,
             attention=attention,
+            k_sparsity=k_sparsity,
+            v_sparsity=v_sparsity,
+            sink=sink,
+            recent=recent,
             report=report,
             force=force,
             dry_run=dry_run,

@@ -18,6 +18,7 @@ from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.html_report import report_page
 from sparamx_onnx.loading import load_model
+from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import ScaleType, WeightType
 from sparamx_onnx.output import FileOutput, check_report, data_path, staging, write_error, write_text
 from sparamx_onnx.prediction import Prediction, predict
@@ -82,6 +83,10 @@ def convert(
     exclude: Iterable[str] = (),
     fuse_siblings: str = "auto",
     attention: str = "keep",
+    k_sparsity: float | None = None,
+    v_sparsity: float | None = None,
+    sink: int | None = None,
+    recent: int | None = None,
     report: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -117,6 +122,13 @@ def convert(
         fuse_siblings: Whether layers with the same input, such as query, key and value, become one operator: ``auto``
             where that is faster, ``always`` or ``never``.
         attention: ``fast`` replaces attention operators over a float cache (docs/attention.md); ``keep`` leaves them.
+            ``packed`` replaces the graph's caches, too: keys and values become one tensor of bytes, in bf16 and pruned
+            as they grow old. ``DecoderSession`` runs such a model; other hosts find the caches described in its
+            metadata.
+        k_sparsity: Only for ``packed``: the part of old keys that is pruned; 0.3 if None.
+        v_sparsity: Only for ``packed``: the part of old values that is pruned; 0.5 if None.
+        sink: Only for ``packed``: so many first tokens are never pruned; 64 if None.
+        recent: Only for ``packed``: so many last tokens are not pruned yet; 64 if None.
         report: An HTML file to write about the conversion: sizes, zeros and errors of every layer, and what was left
             alone and why. It is also written in a dry run, and where there is nothing to convert.
         force: Replace the output and the report if they exist.
@@ -142,8 +154,14 @@ def convert(
         exclude=tuple(exclude),
         fuse_siblings=cast(FuseSiblings, fuse_siblings),
         attention=cast(pipeline.AttentionMode, attention),
+        k_sparsity=k_sparsity,
+        v_sparsity=v_sparsity,
+        sink=sink,
+        recent=recent,
     )
     destination = _destination(Path(model), None if output is None else Path(output))
+    if isinstance(destination, FolderOutput) and options.attention is pipeline.AttentionMode.PACKED:
+        raise SparamxError(f"{os.fspath(model)}: onnxruntime-genai has no packed caches; choose the attention fast")
     loaded = load_model(model)
     if not dry_run:
         destination.check(loaded, force=force)
@@ -154,11 +172,14 @@ def convert(
     reading = pipeline.Reading.SAMPLES if dry_run else pipeline.Reading.NOTHING
     plan = pipeline.run(loaded.model, options, byte_report(progress, "reading weights"), reading=reading)
     saved = None
+    if dry_run:
+        pipeline.pack_caches(loaded.model, plan, options)
     if plan.changes and not dry_run:
         with staging(destination.target) as folder:
             try:
                 if runs is not None:
                     pipeline.prune(loaded.model, plan, options, runs, folder, byte_report(progress, "pruning layers"))
+                pipeline.pack_caches(loaded.model, plan, options)
                 saved = write.save(
                     loaded.model, destination.model_in(folder), progress=byte_report(progress, "packing weights")
                 )

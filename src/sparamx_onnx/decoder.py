@@ -7,6 +7,7 @@ cache grows: each run's present is the next run's past, handed on as it is.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ import onnx_ir as ir
 import onnxruntime
 
 from sparamx_onnx.genai_config import model_file
+from sparamx_onnx.graph_passes.pack_cache import packed_caches
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_ATTENTION
 from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.packed_cache import HEADER_BYTES, CacheLayout
+from sparamx_onnx.packed_noise import noise_row
 from sparamx_onnx.session import InferenceSession, first_line
 
 Tokens = npt.NDArray[np.int64]
@@ -41,13 +45,27 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class _Cache:
-    """One tensor of a decoder's cache: the graph's input and output, float [batch, heads, tokens, size]."""
+    """One tensor of a decoder's cache: the graph's input and output.
+
+    Float [batch, heads, tokens, size], or packed, uint8 [batch, heads, bytes].
+    """
 
     past: str
     present: str
     dtype: type[np.generic]
     heads: int
     size: int
+    layout: CacheLayout | None = None
+
+    def shape(self, batch: int, tokens: int) -> tuple[int, ...]:
+        """Of the tensor that holds so many tokens."""
+        if self.layout is not None:
+            return batch, self.heads, self.layout.row_bytes(tokens)
+        return batch, self.heads, tokens, self.size
+
+    def bytes(self, batch: int, tokens: int) -> int:
+        """Likewise."""
+        return math.prod(self.shape(batch, tokens)) * np.dtype(self.dtype).itemsize
 
 
 class DecoderSession:
@@ -134,15 +152,17 @@ class DecoderSession:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache: of its capacity where past and present are one buffer, else of what it holds."""
-        numbers = sum(cache.heads * cache.size * np.dtype(cache.dtype).itemsize for cache in self._caches)
         tokens = self.capacity if self.shares_buffers else self._mask.shape[1]
-        return self.batch * tokens * numbers
+        return sum(cache.bytes(self.batch, tokens) for cache in self._caches)
 
     def reset(self) -> None:
         """Forgets all tokens. A shared buffer is kept for the next batch of the same size."""
         self._mask = np.zeros((0, 0), np.int64)
         if not self.shares_buffers:
             self._buffers.clear()
+        for cache in self._caches:
+            if cache.layout is not None and cache.past in self._buffers:
+                self._buffers[cache.past].numpy()[..., :HEADER_BYTES] = 0  # a row without tokens
 
     def prefill(self, prompts: Sequence[Sequence[int]] | Tokens) -> Logits:
         """Forgets what was there and reads one prompt a row; they may differ in length.
@@ -199,11 +219,17 @@ class DecoderSession:
         self._mask = np.ones((batch, tokens), np.int64)
         self._bind_caches(batch)
         noise = np.random.default_rng(0).uniform(-1, 1, 1 << 18)
+        rows: dict[CacheLayout, npt.NDArray[np.uint8]] = {}
         for cache in self._caches:
             if not self.shares_buffers:
-                self._buffers[cache.past] = _zeros((batch, cache.heads, tokens, cache.size), cache.dtype)
-            values = self._buffers[cache.past].numpy()[:, :, :tokens]
-            values[...] = np.resize(noise.astype(cache.dtype), values.shape)
+                self._buffers[cache.past] = _zeros(cache.shape(batch, tokens), cache.dtype)
+            values = self._buffers[cache.past].numpy()
+            if cache.layout is None:
+                values[:, :, :tokens] = np.resize(noise.astype(cache.dtype), values[:, :, :tokens].shape)
+                continue
+            if cache.layout not in rows:
+                rows[cache.layout] = noise_row(cache.layout, tokens, self.capacity)
+            values[...] = rows[cache.layout]
 
     def generate(
         self,
@@ -305,12 +331,12 @@ class DecoderSession:
     def _bind_caches(self, batch: int) -> None:
         if not self.shares_buffers:
             for cache in self._caches:
-                past = self._buffers.get(cache.past) or _zeros((batch, cache.heads, 0, cache.size), cache.dtype)
+                past = self._buffers.get(cache.past) or _zeros(cache.shape(batch, 0), cache.dtype)
                 self._binding.bind_ortvalue_input(cache.past, past)
                 self._binding.bind_output(cache.present)
         elif not self._buffers or next(iter(self._buffers.values())).shape()[0] != batch:
             for cache in self._caches:
-                buffer = _zeros((batch, cache.heads, self.capacity, cache.size), cache.dtype)
+                buffer = _zeros(cache.shape(batch, self.capacity), cache.dtype)
                 self._buffers[cache.past] = buffer
                 self._binding.bind_ortvalue_input(cache.past, buffer)
                 self._binding.bind_ortvalue_output(cache.present, buffer)
@@ -351,6 +377,7 @@ def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> onnxruntime.OrtVa
 def _find_caches(path: Path, session: onnxruntime.InferenceSession) -> tuple[list[_Cache], bool]:
     """The tensors of the cache, and whether each past may be the same buffer as its present."""
     model = load_model(path).model
+    packed = {cache.past: cache for cache in packed_caches(model)}
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name for value in session.get_outputs()}
     found = {past: (present, size) for past, present, size in _attention_caches(model)}
@@ -358,6 +385,10 @@ def _find_caches(path: Path, session: onnxruntime.InferenceSession) -> tuple[lis
     shared = True
     for name, value in inputs.items():
         if name in _FED:
+            continue
+        if name in packed:
+            known = packed[name]
+            caches.append(_Cache(name, known.present, np.uint8, known.kv_heads, known.key_size, known.layout))
             continue
         present, size = found.get(name, (_present_by_name(name), None))
         shared = shared and name in found

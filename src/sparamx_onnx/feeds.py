@@ -87,7 +87,7 @@ def graph_inputs(model: ir.Model) -> list[ir.Value]:
 
 def is_decoder(model: ir.Model) -> bool:
     """Whether the model takes a key-value cache."""
-    return any(_kind(value) == "cache" for value in graph_inputs(model))
+    return any(_kind(value) in ("cache", "packed cache") for value in graph_inputs(model))
 
 
 def plan_feeds(model: ir.Model, *, batch: int | None = None, length: int = 16, past: int = 0) -> FeedPlan:
@@ -100,9 +100,13 @@ def plan_feeds(model: ir.Model, *, batch: int | None = None, length: int = 16, p
         past: Positions in the key-value cache, where the model has one.
 
     Raises:
-        SparamxError: An input has a type that cannot be made up, or the model fixes another batch.
+        SparamxError: An input has a type that cannot be made up, or the model fixes another batch, or there should be
+            positions in a packed cache.
     """
     inputs = graph_inputs(model)
+    packed = next((value for value in inputs if _kind(value) == "packed cache"), None)
+    if packed is not None and past:
+        raise SparamxError(f"input '{packed.name}' is a packed cache, which random bytes do not fill: leave it empty")
     decoder = is_decoder(model)
     sizes = {"batch": batch or 1, "length": length, "past": past if decoder else 0}
     bounds = _table_sizes(model)
@@ -231,6 +235,8 @@ def _kind(value: ir.Value) -> str:
     rank = len(value.shape) if value.shape is not None else 0
     if not integer and rank >= 3 and any(part in name for part in ("past", "cache")):
         return "cache"
+    if value.dtype == ir.DataType.UINT8 and rank == 3 and "cache" in name:
+        return "packed cache"
     if "mask" in name:
         return "mask"
     if integer and "position" in name:
@@ -276,6 +282,9 @@ def _shape(value: ir.Value, sizes: Mapping[str, int], symbols: dict[str, int]) -
     for axis, dimension in enumerate(value.shape):
         if isinstance(dimension, int):
             result.append(dimension)
+            continue
+        if _kind(value) == "packed cache" and axis == 2:
+            result.append(0)  # no bytes: no past
             continue
         symbol = dimension.value or ""
         size = _sum(symbol, sizes, symbols)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.pack_cache import PackedCache, packed_caches
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.progress import Report, byte_report
@@ -29,6 +30,7 @@ class Inspection:
         record: What conversion recorded in the model: ``version`` and its options; empty if it was not converted.
         converted: Sparse operators in it.
         plan: Every MatMul, Gemm and relative: what has become of it, or what ``convert`` would do with it.
+        caches: The packed caches of its attention.
         kernels: For every type of packed weights in it, what runs them on this CPU: by M from which on, the kernel.
     """
 
@@ -37,6 +39,7 @@ class Inspection:
     record: Mapping[str, Any]
     converted: int
     plan: Plan
+    caches: tuple[PackedCache, ...]
     kernels: Mapping[str, Mapping[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,6 +49,7 @@ class Inspection:
             "bytes_on_disk": self.bytes_on_disk,
             "record": dict(self.record),
             "converted": self.converted,
+            "caches": [dataclasses.asdict(cache) for cache in self.caches],
             "kernels": {kind: dict(paths) for kind, paths in self.kernels.items()},
             **self.plan.to_json(),
         }
@@ -66,12 +70,13 @@ def inspect(model: str | os.PathLike[str], *, progress: Report | None = None) ->
     """
     loaded = load_model(model)
     record = conversion_record(loaded.model)
+    caches = tuple(packed_caches(loaded.model))
     plan = pipeline.run(loaded.model, pipeline.ConvertOptions(), byte_report(progress, "reading weights"))
     done = [node for node in plan if node.reason is Reason.ALREADY_CONVERTED]
     for node in done:
         if node.k is not None and node.n is not None:
             node.bytes_before = _FP32_BYTES * node.k * node.n
-    return Inspection(os.fspath(model), loaded.bytes_on_disk, record, len(done), plan, kernels_here(plan))
+    return Inspection(os.fspath(model), loaded.bytes_on_disk, record, len(done), plan, caches, kernels_here(plan))
 
 
 def conversion_record(model: ir.Model) -> dict[str, Any]:

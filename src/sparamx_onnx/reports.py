@@ -13,6 +13,7 @@ from sparamx_onnx.generation_benchmark import GenerationBenchmark
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan, AttentionReason
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.inspection import Inspection
+from sparamx_onnx.ops.packed_cache import BLOCK
 from sparamx_onnx.tables import Column, duration, percent, rate, render, size
 from sparamx_onnx.verification import Verification
 
@@ -93,9 +94,25 @@ def inspection_text(result: Inspection) -> str:
         if nodes
     ]
     last = f"{result.model}: {size(result.bytes_on_disk)}; {', '.join(counts) or 'no matrix products'}.{record}"
+    last += _caches(result)
     if plan.converted:
         last += f"\nConverted, by default: {size(plan.bytes_before)} -> {size(plan.bytes_after)}."
     return _paragraphs(*parts, *_left_alone(plan), last + _on_this_cpu(result.kernels))
+
+
+def _caches(result: Inspection) -> str:
+    """How packed caches are pruned and what they take; nothing without them."""
+    if not result.caches:
+        return ""
+    first = result.caches[0]
+    packed = sum(cache.kv_heads * cache.layout.packed_bytes / BLOCK for cache in result.caches)
+    dense = sum(cache.kv_heads * (cache.key_size + cache.value_size) * 4 for cache in result.caches)
+    return (
+        f"\nPacked caches: {len(result.caches)}; {first.k_sparsity:.0%} of the keys' numbers and"
+        f" {first.v_sparsity:.0%} of the values' are pruned, but for the first {first.sink} and the last"
+        f" {first.recent} tokens;"
+        f" {size(round(packed))} an old token, {size(dense)} in fp32."
+    )
 
 
 def verification_text(result: Verification) -> str:

@@ -13,12 +13,15 @@ import numpy as np
 import onnxruntime
 
 from sparamx_onnx.comparison import OutputError, compare
+from sparamx_onnx.decoder import DecoderSession
 from sparamx_onnx.feeds import Array, check_inputs, is_decoder, plan_feeds, read_npz
+from sparamx_onnx.graph_passes.pack_cache import packed_caches
 from sparamx_onnx.graph_passes.pipeline import KEPT_KEY
 from sparamx_onnx.inspection import conversion_record
 from sparamx_onnx.layer_errors import LayerError, layer_errors
 from sparamx_onnx.loading import LoadedModel, load_model
 from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.packed_cache import BLOCK
 from sparamx_onnx.session import first_line, open_quietly
 
 # Largest relative error of an output that conversion alone, without pruning, may cause. For int8 and int4, whose errors
@@ -92,6 +95,8 @@ def verify(
             2e-2 for bf16, 0.15 for int8, 0.6 for int4; of several types in one model, the loosest. An error beyond that
             is more than rounding. One within it, of int8 and int4, may still be too much for what the model is for. A
             model that was pruned when it was converted differs by more: that is no rounding error.
+            A packed cache allows as much as bf16 weights: a model with one is given the tokens in calls of 64, and
+            only its ``logits`` are compared.
         layers: Also compare the result of every sparse operator, each with the inputs that it has in ``reference`` and
             with those that it gets. Both models are in memory at once for that.
 
@@ -101,15 +106,20 @@ def verify(
     if tolerance is not None and not tolerance >= 0:
         raise SparamxError(f"the tolerance is {tolerance}; it must be 0 or more")
     models = [load_model(reference), load_model(converted)]
-    source, runs = _inputs(models[0], inputs)
+    packed = any(packed_caches(model.model) for model in models)
+    source, runs = _inputs(models[0], inputs, with_past=not packed)
     record = conversion_record(models[1].model)
     if tolerance is None:
         tolerance = max(TOLERANCES.get(name, _UNKNOWN_TOLERANCE) for name in _weight_types(record))
+        tolerance = max(tolerance, TOLERANCES["bf16"]) if packed else tolerance
     sessions = [(model.path, model.imports_our_domain) for model in models]
     of_layers = layer_errors(models[0], models[1], runs) if layers else None
     # One model in memory at a time: a pair of large ones need not fit side by side.
     del models
-    expected, actual = (_outputs(path, sparse, runs) for path, sparse in sessions)
+    if packed:
+        expected, actual = (_logits(path, runs) for path, _ in sessions)
+    else:
+        expected, actual = (_outputs(path, sparse, runs) for path, sparse in sessions)
     names = list(expected[0])
     if list(actual[0]) != names:
         raise SparamxError(
@@ -132,7 +142,7 @@ def _weight_types(record: Mapping[str, Any]) -> list[str]:
 
 
 def _inputs(
-    model: LoadedModel, inputs: str | os.PathLike[str] | Mapping[str, Array] | None
+    model: LoadedModel, inputs: str | os.PathLike[str] | Mapping[str, Array] | None, *, with_past: bool
 ) -> tuple[str, list[dict[str, Array]]]:
     if isinstance(inputs, Mapping):
         return "arrays", [check_inputs(inputs, model.model, "the given inputs")]
@@ -140,7 +150,8 @@ def _inputs(
         return os.fspath(inputs), [read_npz(inputs, model.model)]
     # A decoder sees half of its context as cache, half as new tokens, so that both ways through it are compared.
     half = _GENERATED_LENGTH // 2
-    sizes = {"length": half, "past": half} if is_decoder(model.model) else {"length": _GENERATED_LENGTH}
+    decodes = with_past and is_decoder(model.model)
+    sizes = {"length": half, "past": half} if decodes else {"length": _GENERATED_LENGTH}
     plan = plan_feeds(model.model, **sizes)
     return "generated", [plan.make(seed) for seed in range(_GENERATED_RUNS)]
 
@@ -148,6 +159,21 @@ def _inputs(
 def _outputs(path: Path, sparse: bool, runs: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
     session = open_quietly(path, sparse=sparse)
     return [_run(session, path, feeds) for feeds in runs]
+
+
+def _logits(path: Path, runs: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
+    """What a decoder says after each of its tokens; its cache, of whatever kind, begins empty."""
+    found = []
+    for feeds in runs:
+        if "input_ids" not in feeds:
+            raise SparamxError(f"{path}: has packed caches, and the inputs have no input_ids to begin them with")
+        if any(array.ndim >= 3 and array.size for array in feeds.values()):
+            raise SparamxError(f"{path}: has packed caches, so the inputs must not bring a past")
+        tokens = feeds["input_ids"]
+        session = DecoderSession(path, capacity=max(1, tokens.shape[-1]))
+        parts = [session.append(tokens[:, at : at + BLOCK]) for at in range(0, tokens.shape[-1], BLOCK)]
+        found.append({"logits": np.concatenate(parts, axis=1)})
+    return found
 
 
 def _run(session: onnxruntime.InferenceSession, path: Path, feeds: dict[str, Array]) -> dict[str, Array]:

@@ -16,10 +16,10 @@ WIDTH = HEADS * SIZE
 CAPACITY = 40
 
 
-def one_layer(**changes: str) -> onnx.ModelProto:
+def one_layer(positions: int = CAPACITY, **changes: str) -> onnx.ModelProto:
     """As onnxruntime-genai's builder writes decoders: lengths from the mask, QKV in one, rotation in the operator."""
     rng = np.random.default_rng(0)
-    angles = np.arange(CAPACITY)[:, None] * 100.0 ** -np.linspace(0, 1, SIZE // 2)
+    angles = np.arange(positions)[:, None] * 100.0 ** -np.linspace(0, 1, SIZE // 2)
     constants = {
         "embedding": rng.standard_normal((VOCAB, WIDTH)),
         "qkv": rng.standard_normal((WIDTH, WIDTH + 2 * KV_HEADS * SIZE)) / 4,
@@ -84,6 +84,22 @@ def decoder(request: pytest.FixtureRequest, paths: dict[str, Path]) -> DecoderSe
     return DecoderSession(paths[request.param], capacity=CAPACITY)
 
 
+LONG = 320
+
+
+@pytest.fixture(scope="module")
+def long_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """With room for blocks of a packed cache: the original, the fast one and two packed ones."""
+    folder = tmp_path_factory.mktemp("packed")
+    onnx.save(one_layer(LONG), folder / "dense.onnx")
+    whole, pruned = {"k_sparsity": 0, "v_sparsity": 0}, {"k_sparsity": 0.4, "v_sparsity": 0.6, "recent": 10}
+    modes = {"fast": {"attention": "fast"}, "whole": {"attention": "packed", **whole}}
+    modes["pruned"] = {"attention": "packed", "sink": 0, **pruned}
+    for name, options in modes.items():
+        sparamx_onnx.convert(folder / "dense.onnx", folder / f"{name}.onnx", method="keep", weights="fp32", **options)
+    return {name: folder / f"{name}.onnx" for name in ("dense", *modes)}
+
+
 def tokens(batch: int, count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, (batch, count))
 
@@ -143,7 +159,7 @@ def test_past_and_present_are_one_buffer_that_stays_where_it_is(decoder: Decoder
     decoder.prefill(tokens(2, 5))
     places = {name: buffer.data_ptr() for name, buffer in decoder._buffers.items()}
     assert all(place % 64 == 0 for place in places.values())
-    before = {name: buffer.numpy()[:, :, :5] for name, buffer in decoder._buffers.items()}
+    before = {name: buffer.numpy()[:, :, :5].copy() for name, buffer in decoder._buffers.items()}
     decoder.step([1, 2])
     for name, buffer in decoder._buffers.items():
         content = buffer.numpy()
@@ -252,3 +268,114 @@ def test_options_and_threads_are_those_that_were_asked_for(paths: dict[str, Path
     decoder = DecoderSession(paths["fast"], threads=1, session_options=options)
     assert options.intra_op_num_threads == 1
     assert decoder.session.get_outputs()[0].name == "logits"
+
+
+def near(result: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    return (
+        result.shape == expected.shape and float(np.abs(result - expected).max() / np.abs(expected).max()) < tolerance
+    )
+
+
+def in_blocks(decoder: DecoderSession, text: np.ndarray) -> np.ndarray:
+    """Logits of a text that is read a block at a time, so that blocks are packed when they are after single steps."""
+    return np.concatenate([decoder.append(text[:, at : at + 64]) for at in range(0, text.shape[1], 64)], axis=1)
+
+
+def test_a_packed_cache_that_nothing_is_pruned_in_differs_by_rounding(long_paths: dict[str, Path]) -> None:
+    text = tokens(2, LONG)
+    dense = in_blocks(DecoderSession(long_paths["fast"], capacity=LONG), text)
+    whole = DecoderSession(long_paths["whole"], capacity=LONG)
+    assert near(in_blocks(whole, text), dense, 2e-2)
+    pruned = DecoderSession(long_paths["pruned"], capacity=LONG)
+    result = in_blocks(pruned, text)
+    # What no packed block is seen by is only rounded; pruning is no rounding.
+    assert near(result[:, :64], dense[:, :64], 2e-2)
+    assert not near(result, dense, 2e-2)
+    assert pruned.shares_buffers
+    assert pruned.cache_bytes < whole.cache_bytes < 2 * 2 * KV_HEADS * LONG * SIZE * 4
+
+
+@pytest.mark.parametrize("kind", ["whole", "pruned"])
+def test_token_after_token_equals_recomputation_from_a_packed_cache(long_paths: dict[str, Path], kind: str) -> None:
+    text = tokens(2, LONG)
+    decoder, again = (DecoderSession(long_paths[kind], capacity=LONG) for _ in range(2))
+    steps = np.stack([decoder.step(text[:, position]) for position in range(LONG)], axis=1)
+    for length in (1, 63, 64, 65, 74, 75, 138, 139, 200, 319):
+        # Recomputed: the same blocks are packed after calls that end where a block becomes old enough.
+        again.reset()
+        ends = range(74 if kind == "pruned" else 64, length, 64)
+        for part in np.split(text[:, :length], ends, axis=1):
+            again.append(part)
+        assert near(again.step(text[:, length]), steps[:, length], 1e-5), length
+
+
+def test_rows_of_a_packed_cache_do_not_see_each_other(long_paths: dict[str, Path]) -> None:
+    text = tokens(3, LONG)
+    counts = (150, 7, 210)
+    decoder = DecoderSession(long_paths["pruned"], capacity=LONG)
+    together = [decoder.prefill([text[row, :count].tolist() for row, count in enumerate(counts)])]
+    together += [decoder.step(text[:, 210 + step]) for step in range(80)]
+    for row, count in enumerate(counts):
+        alone = [decoder.prefill([text[row, :count].tolist()])]
+        alone += [decoder.step(text[row : row + 1, 210 + step]) for step in range(80)]
+        assert near(np.concatenate(alone), np.stack(together)[:, row], 1e-5), row
+
+
+def test_a_packed_cache_begins_anew_after_reset_and_other_batches(long_paths: dict[str, Path]) -> None:
+    decoder = DecoderSession(long_paths["pruned"], capacity=LONG)
+    first = in_blocks(decoder, tokens(2, 200))
+    decoder.reset()
+    in_blocks(decoder, tokens(1, 90, seed=5))
+    decoder.reset()
+    assert np.array_equal(in_blocks(decoder, tokens(2, 200)), first)
+    with pytest.raises(SparamxError, match="200 tokens and 121 more are above the capacity of 320"):
+        decoder.append(tokens(2, 121))
+
+
+@pytest.mark.parametrize("kind", ["dense", "fast", "pruned"])
+def test_a_pretended_past_is_read_like_another(long_paths: dict[str, Path], kind: str) -> None:
+    decoder = DecoderSession(long_paths[kind], capacity=LONG)
+    for length in (0, 5, 250, 300):
+        decoder.pretend(2, length)
+        logits = decoder.step([1, 2])
+        assert np.isfinite(logits).all()
+        assert decoder.lengths.tolist() == [length + 1] * 2
+        decoder.pretend(2, length)
+        assert np.array_equal(decoder.step([1, 2]), logits)
+
+
+def test_verify_compares_logits_and_inspect_lists_the_caches(long_paths: dict[str, Path], tmp_path: Path) -> None:
+    result = sparamx_onnx.verify(long_paths["dense"], long_paths["whole"])
+    assert result.passed
+    assert [output.name for output in result.outputs] == ["logits"]
+    text = {"input_ids": tokens(1, 200), "attention_mask": np.ones((1, 200), np.int64)}
+    past = {f"past_key_values.0.{part}": np.zeros((1, KV_HEADS, 0, SIZE), np.float32) for part in ("key", "value")}
+    assert sparamx_onnx.verify(long_paths["dense"], long_paths["whole"], inputs={**text, **past}).passed
+    pruned = sparamx_onnx.verify(long_paths["dense"], long_paths["pruned"], inputs={**text, **past})
+    assert not pruned.passed
+    past = {name: np.zeros((1, KV_HEADS, 3, SIZE), np.float32) for name in past}
+    with pytest.raises(SparamxError, match="must not bring a past"):
+        sparamx_onnx.verify(long_paths["dense"], long_paths["whole"], inputs={**text, **past})
+    [cache] = sparamx_onnx.inspect(long_paths["pruned"]).caches
+    assert (cache.past, cache.present) == ("past_key_values.0.cache", "present.0.cache")
+    assert (cache.k_sparsity, cache.v_sparsity, cache.sink, cache.recent) == (0.4, 0.6, 0, 10)
+    assert sparamx_onnx.inspect(long_paths["fast"]).caches == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("not JSON", "do not describe packed caches"),
+        ('[{"past": "x"}]', "do not describe"),
+        ("[]", "should be a float cache"),
+    ],
+)
+def test_damaged_descriptions_of_caches_are_refused(
+    long_paths: dict[str, Path], tmp_path: Path, record: str, message: str
+) -> None:
+    model = onnx.load(long_paths["pruned"])
+    [entry] = [entry for entry in model.metadata_props if entry.key == "sparamx.caches"]
+    entry.value = record
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(SparamxError, match=message):
+        DecoderSession(tmp_path / "model.onnx")

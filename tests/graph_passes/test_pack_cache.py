@@ -1,0 +1,156 @@
+"""Float caches of attention become packed ones where nothing else reads or writes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import sparamx_onnx
+from sparamx_onnx import SparamxError
+from sparamx_onnx.graph_passes.pack_cache import PackedCache
+
+HEADS, KV_HEADS, SIZE = 4, 2, 16
+CACHE = {"k_sparsity": 0.25, "v_sparsity": 0.5, "sink": 64, "recent": 3}
+
+
+def value(name: str, *shape: int | str, kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+def attention(layers: int = 2, size: int | str = SIZE, extra: str = "") -> onnx.ModelProto:
+    """Layers of GroupQueryAttention over separate query, key and value; ``extra``: what else touches the last cache."""
+    nodes = []
+    inputs = [value("q", "b", "t", HEADS * SIZE), value("k", "b", "t", KV_HEADS * SIZE)]
+    inputs += [value("v", "b", "t", KV_HEADS * SIZE), value("lengths", "b", kind=TensorProto.INT32)]
+    inputs.append(value("total", kind=TensorProto.INT32))
+    outputs = []
+    for layer in range(layers):
+        past, present = ([f"{which}.{layer}.{part}" for part in ("key", "value")] for which in ("past", "present"))
+        inputs += [value(name, "b", KV_HEADS, "past", size) for name in past]
+        outputs += [value(f"y{layer}", "b", "t", HEADS * SIZE)]
+        outputs += [value(name, "b", KV_HEADS, "all", size) for name in present]
+        nodes.append(
+            helper.make_node(
+                "GroupQueryAttention",
+                ["q", "k", "v", *past, "lengths", "total"],
+                [f"y{layer}", *present],
+                f"layer{layer}",
+                domain="com.microsoft",
+                num_heads=HEADS,
+                kv_num_heads=KV_HEADS,
+            )
+        )
+    last = layers - 1
+    if extra == "reads the past":
+        nodes.append(helper.make_node("Identity", [f"past.{last}.value"], ["copy"]))
+        outputs.append(value("copy", "b", KV_HEADS, "past", size))
+    if extra == "reads the present":
+        nodes.append(helper.make_node("Identity", [f"present.{last}.key"], ["copy"]))
+        outputs.append(value("copy", "b", KV_HEADS, "all", size))
+    if extra == "makes the past":
+        nodes.insert(0, helper.make_node("Identity", [f"other.{last}.key"], [f"past.{last}.key"]))
+        inputs[-2].name = f"other.{last}.key"
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=opsets, ir_version=10)
+
+
+def convert(model: onnx.ModelProto, folder: Path, **options: Any) -> tuple[onnx.ModelProto, list[tuple[str, str]]]:
+    """The converted model, and reason and text of every attention operator."""
+    onnx.save(model, folder / "model.onnx")
+    result = sparamx_onnx.convert(folder / "model.onnx", folder / "out.onnx", force=True, attention="packed", **options)
+    return onnx.load(folder / "out.onnx"), [(plan.reason.value, plan.text) for plan in result.plan.attention]
+
+
+def names(values: Any) -> list[str]:
+    return [value.name for value in values]
+
+
+def test_one_tensor_of_bytes_takes_the_place_of_keys_and_values(tmp_path: Path) -> None:
+    model, plans = convert(attention(), tmp_path, **CACHE)
+    assert [reason for reason, _ in plans] == ["packed"] * 2
+    assert names(model.graph.input) == ["q", "k", "v", "lengths", "total", "past.0.cache", "past.1.cache"]
+    assert names(model.graph.output) == ["y0", "present.0.cache", "y1", "present.1.cache"]
+    for tensor in (model.graph.input[5], model.graph.output[1]):
+        assert tensor.type.tensor_type.elem_type == TensorProto.UINT8
+        assert [dim.dim_param or dim.dim_value for dim in tensor.type.tensor_type.shape.dim][:2] == ["b", KV_HEADS]
+    for layer, node in enumerate(model.graph.node):
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        assert list(node.input) == ["q", "k", "v", "lengths", "total", f"past.{layer}.cache"]
+        assert attributes["roles"] == b"key,value,seqlens_k,total_sequence_length,past_cache"
+        assert attributes["cache"] == b"packed"
+        assert {name: attributes[name] for name in CACHE} == CACHE
+        assert list(node.output) == [f"y{layer}", "", "", f"present.{layer}.cache"]
+
+
+def test_the_metadata_describe_the_caches(tmp_path: Path) -> None:
+    model, _ = convert(attention(), tmp_path, **CACHE)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    caches = [PackedCache(**entry) for entry in json.loads(properties["sparamx.caches"])]
+    assert caches == [
+        PackedCache(f"past.{layer}.cache", f"present.{layer}.cache", KV_HEADS, SIZE, SIZE, **CACHE)
+        for layer in range(2)
+    ]
+    record = json.loads(properties["sparamx.options"])
+    assert {name: record[name] for name in CACHE} == CACHE
+    assert record["attention"] == "packed"
+
+
+def test_the_converted_model_computes_what_the_original_does(tmp_path: Path) -> None:
+    original = attention()
+    model, _ = convert(original, tmp_path, k_sparsity=0, v_sparsity=0)
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((2, 5, n * SIZE), np.float32) for name, n in (("q", 4), ("k", 2), ("v", 2))}
+    feeds |= {"lengths": np.full(2, 4, np.int32), "total": np.array(5, np.int32)}
+    empty = {name: np.zeros((2, KV_HEADS, 0, SIZE), np.float32) for name in names(original.graph.input)[5:]}
+    expected = sparamx_onnx.InferenceSession(original.SerializeToString()).run(["y0", "y1"], {**feeds, **empty})
+    nothing = {name: np.zeros((2, KV_HEADS, 0), np.uint8) for name in names(model.graph.input)[5:]}
+    result = sparamx_onnx.InferenceSession(tmp_path / "out.onnx").run(["y0", "y1"], {**feeds, **nothing})
+    assert np.abs(np.array(result) - np.array(expected)).max() < 2e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ("reads the past", "something else makes or reads its past"),
+        ("makes the past", "something else makes or reads its past"),
+        ("reads the present", "something else reads its present"),
+    ],
+)
+def test_a_cache_that_something_else_touches_stays_in_floats(tmp_path: Path, extra: str, why: str) -> None:
+    model, plans = convert(attention(extra=extra), tmp_path)
+    assert [reason for reason, _ in plans] == ["packed", "converted"]
+    assert why in plans[1][1]
+    assert list(model.graph.node[-1 if extra == "makes the past" else 1].output)[1:] == [
+        "present.1.key",
+        "present.1.value",
+    ]
+
+
+def test_sizes_come_from_the_query_where_the_cache_leaves_them_open(tmp_path: Path) -> None:
+    model, plans = convert(attention(layers=1, size="d"), tmp_path)
+    assert plans[0][0] == "packed"
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    [cache] = json.loads(properties["sparamx.caches"])
+    assert (cache["key_size"], cache["value_size"]) == (SIZE, SIZE)
+
+
+def test_options_of_the_cache_need_a_packed_one_and_are_checked(tmp_path: Path) -> None:
+    onnx.save(attention(), tmp_path / "model.onnx")
+    for options, message in (
+        ({"attention": "fast", "k_sparsity": 0.5}, "Only packed attention takes a k sparsity"),
+        ({"recent": 5}, "Only packed attention takes a recent"),
+        ({"attention": "packed", "v_sparsity": 1.0}, "from 0 to below 1"),
+        ({"attention": "packed", "sink": -1}, "sink and recent tokens"),
+    ):
+        with pytest.raises(SparamxError, match=message):
+            sparamx_onnx.convert(tmp_path / "model.onnx", tmp_path / "out.onnx", **options)
+
+
+def test_a_dry_run_says_what_becomes_of_the_caches(tmp_path: Path) -> None:
+    onnx.save(attention(), tmp_path / "model.onnx")
+    plan = sparamx_onnx.convert(tmp_path / "model.onnx", attention="packed", dry_run=True).plan
+    assert [node.reason.value for node in plan.attention] == ["packed"] * 2
