@@ -17,7 +17,7 @@ CPP_TESTS := $(shell find tests/cpp tests/amx_emulator -type f)
 FORMATTED := $(shell find cpp tests/cpp tests/amx_emulator examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-all test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest lint format bench wheel clean distclean
+.PHONY: build demo tinylm test test-all test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest lint format bench wheel clean distclean
 
 build: $(VENV)/.installed
 
@@ -35,6 +35,9 @@ bench: build
 	$(BIN)/python benchmarks/attention.py --json build/benchmarks/attention.json
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/memory.py
+
+# Trains the decoder of models/tinylm/checkpoint anew, about 15 minutes on two cores; SPARAMX_TINYLM=build/tinylm uses it.
+tinylm: build/tinylm/training.json
 
 wheel: build/wheel/.built
 
@@ -94,6 +97,9 @@ $(VENV)/.installed: build/wheel/.built
 $(OLDEST)/.installed: build/wheel/.built $(OLDEST)/.ready
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
 	@touch $@
+
+build/tinylm/training.json: models/tinylm/train.py models/tinylm/text.py | $(VENV)/.installed
+	$(BIN)/python -m sparamx_onnx.models.tinylm.train build/tinylm
 
 test-python: $(VENV)/.installed $(OLDEST)/.installed
 	SPARAMX_OLDEST_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest
