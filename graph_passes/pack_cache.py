@@ -16,6 +16,9 @@ from sparamx_onnx.ops.packed_cache import CacheLayout, CacheOptions
 CACHES_KEY: Final = "sparamx.caches"
 """Key of the model's metadata under which the packed caches stand, as JSON: a list of ``PackedCache``."""
 
+# Dimensions of a tensor whose heads lie side by side; with one more, every head has an axis.
+_SIDE_BY_SIDE = 3
+
 
 @dataclass(frozen=True)
 class PackedCache:
@@ -182,13 +185,21 @@ def _key_size(node: ir.Node, inputs: dict[str, ir.Value]) -> int | None:
     known, width = _last(inputs["past_key"]), _last(inputs["query"])
     if known is not None or width is None:
         return known
+    if _rank(inputs["query"]) != _SIDE_BY_SIDE:
+        return width
     heads = node.attributes["num_heads"].as_int()
     return width // (heads if "key" in inputs else heads + 2 * node.attributes["kv_num_heads"].as_int())
 
 
 def _value_size(node: ir.Node) -> int | None:
     width = _last(node.outputs[0])
-    return None if width is None else width // node.attributes["num_heads"].as_int()
+    if width is None or _rank(node.outputs[0]) != _SIDE_BY_SIDE:
+        return width
+    return width // node.attributes["num_heads"].as_int()
+
+
+def _rank(value: ir.Value) -> int:
+    return 0 if value.shape is None else len(value.shape)
 
 
 def _bytes_like(key: ir.Value, found: _Found, graph: ir.Graph) -> ir.Value:

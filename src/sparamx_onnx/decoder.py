@@ -439,6 +439,8 @@ def _head_size(node: ir.Node, inputs: Mapping[str, ir.Value]) -> int | None:
     query = inputs.get("query")
     if query is None or query.shape is None or not isinstance(query.shape[-1], int):
         return None
+    if len(query.shape) != 3:  # an axis for the heads
+        return query.shape[-1]
     heads = node.attributes["num_heads"].as_int()
     if "key" not in inputs:
         heads += 2 * node.attributes["kv_num_heads"].as_int()
