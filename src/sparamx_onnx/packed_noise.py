@@ -24,22 +24,22 @@ def noise_row(layout: CacheLayout, tokens: int, capacity: int) -> npt.NDArray[np
     Returns:
         uint8 [bytes].
     """
-    empty = np.zeros((1, 1, layout.row_bytes(capacity)), np.uint8)
+    row: npt.NDArray[np.uint8] = np.zeros(layout.row_bytes(capacity), np.uint8)
     if not tokens:
-        return empty[0, 0]
+        return row
     rng = np.random.default_rng(0)
     feeds: dict[str, npt.NDArray[Any]] = {
         "query": np.zeros((1, tokens, layout.key_size), np.float32),
         "key": rng.uniform(-1, 1, (1, tokens, layout.key_size)).astype(np.float32),
         "value": rng.uniform(-1, 1, (1, tokens, layout.value_size)).astype(np.float32),
-        "past_cache": empty,
+        "past_cache": row[None, None],
         "seqlens_k": np.array([tokens - 1], np.int32),
         "total_sequence_length": np.array([tokens], np.int32),
     }
     session = InferenceSession(_one_head(layout, list(feeds)))
     present: npt.NDArray[np.uint8] = session.run(["present_cache"], feeds)[0]
-    row: npt.NDArray[np.uint8] = present[0, 0]
-    return row
+    filled: npt.NDArray[np.uint8] = present[0, 0]
+    return filled
 
 
 def _one_head(layout: CacheLayout, inputs: list[str]) -> bytes:
