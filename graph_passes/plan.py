@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
@@ -20,74 +20,98 @@ class Action(StrEnum):
     LEFT_ALONE = "left_alone"
 
 
-class Reason(StrEnum):
+class Explained(StrEnum):
+    """Values that have a sentence each, which a user can act on: ``text``."""
+
+    _value_: str
+    text: str
+
+    def __new__(cls, value: str, text: str) -> Self:
+        """A member with its value and its sentence."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.text = text
+        return member
+
+
+class Reason(Explained):
     """Why: the closed list. ``text`` is a sentence that a user can act on."""
 
-    CONVERTED = "converted"
-    PACKED_DENSE = "packed_dense"
-    ALREADY_CONVERTED = "already_converted"
-    TWO_ACTIVATIONS = "two_activations"
-    WEIGHT_CHOSEN_AT_RUN_TIME = "weight_chosen_at_run_time"
-    WEIGHT_NOT_CONSTANT = "weight_not_constant"
-    WEIGHT_IS_GRAPH_INPUT = "weight_is_graph_input"
-    WEIGHT_ON_LEFT = "weight_on_left"
-    WEIGHT_NOT_2D = "weight_not_2d"
-    EMPTY_WEIGHT = "empty_weight"
-    CONSTANT_EXPRESSION = "constant_expression"
-    MALFORMED_NODE = "malformed_node"
-    QUANTIZED_WEIGHT = "quantized_weight"
-    STATIC_ACTIVATIONS = "static_activations"
-    UNSUPPORTED_OPERATOR = "unsupported_operator"
-    UNSUPPORTED_DTYPE = "unsupported_dtype"
-    UNSUPPORTED_ATTRIBUTES = "unsupported_attributes"
-    UNSUPPORTED_BIAS = "unsupported_bias"
-    IN_SUBGRAPH = "in_subgraph"
-    IN_FUNCTION = "in_function"
-    EXCLUDED_BY_USER = "excluded_by_user"
-    NOT_INCLUDED_BY_USER = "not_included_by_user"
-    NOT_FASTER = "not_faster"
-
-    @property
-    def text(self) -> str:
-        """The reason in words."""
-        return _TEXTS[self]
-
-
-_TEXTS: Mapping[Reason, str] = {
-    Reason.CONVERTED: "Packed sparse.",
-    Reason.PACKED_DENSE: "Packed dense: it has too few zeros for the sparse form to be smaller; prune it to gain more.",
-    Reason.ALREADY_CONVERTED: "It is a sparse operator already.",
-    Reason.TWO_ACTIVATIONS: "Both inputs are computed at run time (as in attention), so there is no weight to pack.",
-    Reason.WEIGHT_CHOSEN_AT_RUN_TIME: "The weight is one of several that the graph picks from at run time; export one "
-    "product for each expert.",
-    Reason.WEIGHT_NOT_CONSTANT: "The weight is computed in the graph; fold constants before converting "
-    "(onnxruntime's basic optimizations, or onnxsim).",
-    Reason.WEIGHT_IS_GRAPH_INPUT: "The weight is also a graph input, so a caller may replace it; "
-    "remove it from the graph inputs if nobody does.",
-    Reason.WEIGHT_ON_LEFT: "The constant is the left input; only weights on the right are supported.",
-    Reason.WEIGHT_NOT_2D: "The weight does not have two dimensions; where it stacks experts, export one product for "
-    "each.",
-    Reason.EMPTY_WEIGHT: "The weight has no elements.",
-    Reason.CONSTANT_EXPRESSION: "Both inputs are constants; ONNX Runtime computes the product once, when it loads.",
-    Reason.MALFORMED_NODE: "The node is not valid ONNX: its inputs, shapes or attributes do not fit; "
-    "export the model again.",
-    Reason.QUANTIZED_WEIGHT: "The weight is quantized in a way that packed int8 and int4 weights cannot hold exactly; "
-    "convert the model from before its quantization, or choose --weights yourself.",
-    Reason.STATIC_ACTIVATIONS: "The activations are quantized with a scale that was chosen beforehand, which int8 and "
-    "int4 weights, whose activations are quantized anew, would not keep; --weights fp32 or bf16 does.",
-    Reason.UNSUPPORTED_OPERATOR: "This version does not convert this operator.",
-    Reason.UNSUPPORTED_DTYPE: "The activations are of a type that the sparse operator does not take; "
-    "export the model in float32 or float16.",
-    Reason.UNSUPPORTED_ATTRIBUTES: "The node has attributes that the sparse operator cannot express.",
-    Reason.UNSUPPORTED_BIAS: "Its own bias is not a constant vector with one element per output; "
-    "export it as an Add behind the product.",
-    Reason.IN_SUBGRAPH: "The node is in the body of an If, Loop or Scan, which in IR versions below 4 cannot hold a "
-    "packed weight; convert the model to a newer IR version before.",
-    Reason.IN_FUNCTION: "The node is in a model-local function that cannot be inlined; export the model without it.",
-    Reason.EXCLUDED_BY_USER: "An exclude pattern matches it.",
-    Reason.NOT_INCLUDED_BY_USER: "No include pattern matches it.",
-    Reason.NOT_FASTER: "Packed it would hardly be smaller than the dense weight, so hardly faster; prune it first.",
-}
+    CONVERTED = ("converted", "Packed sparse.")
+    PACKED_DENSE = (
+        "packed_dense",
+        "Packed dense: it has too few zeros for the sparse form to be smaller; prune it to gain more.",
+    )
+    ALREADY_CONVERTED = ("already_converted", "It is a sparse operator already.")
+    TWO_ACTIVATIONS = (
+        "two_activations",
+        "Both inputs are computed at run time (as in attention), so there is no weight to pack.",
+    )
+    WEIGHT_CHOSEN_AT_RUN_TIME = (
+        "weight_chosen_at_run_time",
+        "The weight is one of several that the graph picks from at run time; export one product for each expert.",
+    )
+    WEIGHT_NOT_CONSTANT = (
+        "weight_not_constant",
+        "The weight is computed in the graph; fold constants before converting "
+        "(onnxruntime's basic optimizations, or onnxsim).",
+    )
+    WEIGHT_IS_GRAPH_INPUT = (
+        "weight_is_graph_input",
+        "The weight is also a graph input, so a caller may replace it; remove it from the graph inputs if nobody does.",
+    )
+    WEIGHT_ON_LEFT = ("weight_on_left", "The constant is the left input; only weights on the right are supported.")
+    WEIGHT_NOT_2D = (
+        "weight_not_2d",
+        "The weight does not have two dimensions; where it stacks experts, export one product for each.",
+    )
+    EMPTY_WEIGHT = ("empty_weight", "The weight has no elements.")
+    CONSTANT_EXPRESSION = (
+        "constant_expression",
+        "Both inputs are constants; ONNX Runtime computes the product once, when it loads.",
+    )
+    MALFORMED_NODE = (
+        "malformed_node",
+        "The node is not valid ONNX: its inputs, shapes or attributes do not fit; export the model again.",
+    )
+    QUANTIZED_WEIGHT = (
+        "quantized_weight",
+        "The weight is quantized in a way that packed int8 and int4 weights cannot hold exactly; "
+        "convert the model from before its quantization, or choose --weights yourself.",
+    )
+    STATIC_ACTIVATIONS = (
+        "static_activations",
+        "The activations are quantized with a scale that was chosen beforehand, which int8 and "
+        "int4 weights, whose activations are quantized anew, would not keep; --weights fp32 or bf16 does.",
+    )
+    UNSUPPORTED_OPERATOR = ("unsupported_operator", "This version does not convert this operator.")
+    UNSUPPORTED_DTYPE = (
+        "unsupported_dtype",
+        "The activations are of a type that the sparse operator does not take; export the model in float32 or float16.",
+    )
+    UNSUPPORTED_ATTRIBUTES = (
+        "unsupported_attributes",
+        "The node has attributes that the sparse operator cannot express.",
+    )
+    UNSUPPORTED_BIAS = (
+        "unsupported_bias",
+        "Its own bias is not a constant vector with one element per output; export it as an Add behind the product.",
+    )
+    IN_SUBGRAPH = (
+        "in_subgraph",
+        "The node is in the body of an If, Loop or Scan, which in IR versions below 4 cannot hold a "
+        "packed weight; convert the model to a newer IR version before.",
+    )
+    IN_FUNCTION = (
+        "in_function",
+        "The node is in a model-local function that cannot be inlined; export the model without it.",
+    )
+    EXCLUDED_BY_USER = ("excluded_by_user", "An exclude pattern matches it.")
+    NOT_INCLUDED_BY_USER = ("not_included_by_user", "No include pattern matches it.")
+    NOT_FASTER = (
+        "not_faster",
+        "Packed it would hardly be smaller than the dense weight, so hardly faster; prune it first.",
+    )
 
 
 @dataclass
