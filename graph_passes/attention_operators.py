@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.attention_plan import AttentionReason
+from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConstant
 from sparamx_onnx.graph_passes.products import MICROSOFT
+from sparamx_onnx.graph_passes.repeated_heads import RANK_BY_HEAD, without_repeats
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_ATTENTION, SPARSE_AMX_MATMUL
 
 _GROUP_QUERY_INPUTS = (
@@ -45,8 +47,8 @@ _STANDARD_KNOWN = frozenset(
 )
 
 _MOST_OUTPUTS = 3
-# The dimension of the heads where there are four.
-_HEADS_AXIS, _RANK_BY_HEAD, _RANK_SIDE_BY_SIDE = 1, 4, 5
+_HEADS_AXIS = 1  # of RANK_BY_HEAD dimensions
+_RANK_SIDE_BY_SIDE = 5
 
 # Relatives that are listed as left alone.
 _OTHERS = frozenset(
@@ -81,7 +83,7 @@ class Replacement:
     before: Sequence[ir.Node] = ()
 
 
-def read_operator(node: ir.Node) -> Replacement | Refusal | None:
+def read_operator(node: ir.Node, folder: ConstantFolder) -> Replacement | Refusal | None:
     """What becomes of a node; None for one that is no attention operator.
 
     Rules:
@@ -94,9 +96,9 @@ def read_operator(node: ir.Node) -> Replacement | Refusal | None:
        length of its own and no beam search in it. A bias must be constant; it becomes additions before the node. With
        ``unidirectional``, query and key must have equally many tokens. A mask of one dimension must have one number for
        each entry of the batch.
-    4. Attention of ONNX's own operators becomes one, too. With four dimensions, the numbers of heads must be known. It
-       stays where the scores are an output, where softmax is asked for in a precision of its own, and where it has a
-       window and is not causal.
+    4. Attention of ONNX's own operators becomes one, too. With four dimensions, the numbers of heads must be known, and
+       heads of keys and values that are repeated for the queries are taken before that. It stays where the scores are
+       an output, where softmax is asked for in a precision of its own, and where it has a window and is not causal.
     """
     if (node.domain, node.op_type) == (DOMAIN, SPARSE_AMX_ATTENTION.name):
         return Refusal(AttentionReason.ALREADY_CONVERTED)
@@ -104,7 +106,7 @@ def read_operator(node: ir.Node) -> Replacement | Refusal | None:
         return Refusal(AttentionReason.UNSUPPORTED_OPERATOR)
     readers: Mapping[tuple[str, str], Callable[[ir.Node], Replacement | Refusal]] = {
         (MICROSOFT, "GroupQueryAttention"): _read_group_query,
-        (MICROSOFT, "MultiHeadAttention"): _read_multi_head,
+        (MICROSOFT, "MultiHeadAttention"): lambda node: _read_multi_head(node, folder),
         ("", "Attention"): _read_standard,
     }
     reader = readers.get((node.domain, node.op_type))
@@ -203,7 +205,7 @@ def _length(value: ir.Value, axis: int) -> int | str | None:
     return length.value if isinstance(length, ir.SymbolicDim) else length
 
 
-def _read_multi_head(node: ir.Node) -> Replacement | Refusal:
+def _read_multi_head(node: ir.Node, folder: ConstantFolder) -> Replacement | Refusal:
     for index, role in _MULTI_HEAD_REFUSED.items():
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is not None and value.name:
@@ -225,7 +227,7 @@ def _read_multi_head(node: ir.Node) -> Replacement | Refusal:
         return Refusal(AttentionReason.UNKNOWN_SHAPE, "It is unidirectional.")
     before: list[ir.Node] = []
     if "bias" in inputs:
-        added = _add_bias(inputs)
+        added = _add_bias(inputs, folder)
         if isinstance(added, Refusal):
             return added
         before = added
@@ -255,10 +257,10 @@ def _wrong_mask(inputs: Mapping[str, ir.Value]) -> Refusal | None:
     return None
 
 
-def _add_bias(inputs: dict[str, ir.Value]) -> list[ir.Node] | Refusal:
+def _add_bias(inputs: dict[str, ir.Value], folder: ConstantFolder) -> list[ir.Node] | Refusal:
     """Replaces query, key and value by what they are with the bias added to them."""
-    bias = inputs["bias"].const_value
-    if bias is None or len(bias.shape) != 1:
+    bias = folder.fold(inputs["bias"])
+    if not isinstance(bias, FoldedConstant) or len(bias.shape) != 1:
         return Refusal(AttentionReason.UNSUPPORTED_INPUT, "Its bias is not constant.")
     ranks: dict[str, int | None] = {role: _rank(inputs[role]) for role in ("query", "key", "value") if role in inputs}
     width = _length(inputs["query"], 2)
@@ -266,12 +268,12 @@ def _add_bias(inputs: dict[str, ir.Value]) -> list[ir.Node] | Refusal:
         return Refusal(AttentionReason.UNKNOWN_SHAPE, "It has a bias.")
     if _RANK_SIDE_BY_SIDE in ranks.values():
         return Refusal(AttentionReason.UNSUPPORTED_INPUT, "It is a bias for heads that are side by side.")
-    if bias.size < 2 * width:
+    if bias.shape[0] < 2 * width:
         return Refusal(AttentionReason.MALFORMED_NODE, "Its bias is too short.")
     nodes = []
     for role, numbers in zip(("query", "key", "value"), np.split(bias.numpy(), [width, 2 * width]), strict=True):
         # Keys and values that are there by head have been made elsewhere: ONNX Runtime adds nothing to them.
-        if ranks[role] == _RANK_BY_HEAD or not numbers.any():
+        if ranks[role] == RANK_BY_HEAD or not numbers.any():
             continue
         constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.Tensor(np.ascontiguousarray(numbers)))])
         add = ir.Node("", "Add", [inputs[role], constant.outputs[0]])
@@ -329,6 +331,8 @@ def _read_standard(node: ir.Node) -> Replacement | Refusal:
     }.items():
         if wrong:
             return Refusal(AttentionReason.UNSUPPORTED_ATTRIBUTES, f"It is {name}.")
+    if _rank(inputs["key"]) == RANK_BY_HEAD and "past_key" not in inputs and not any(o.name for o in node.outputs[1:]):
+        inputs["key"], inputs["value"] = without_repeats(inputs["key"], inputs["value"])
     heads = _heads_of(node, "q_num_heads", inputs["query"])
     kv_heads = _heads_of(node, "kv_num_heads", inputs["key"])
     if heads is None or kv_heads is None:
@@ -358,7 +362,7 @@ def _wrong_cache(node: ir.Node, inputs: Mapping[str, ir.Value]) -> Refusal | Non
 
 
 def _heads_of(node: ir.Node, attribute: str, value: ir.Value) -> int | None:
-    if attribute in node.attributes:
-        return _int(node, attribute)
-    heads = _length(value, _HEADS_AXIS) if _rank(value) == _RANK_BY_HEAD else None
-    return heads if isinstance(heads, int) else None
+    if _rank(value) == RANK_BY_HEAD:
+        heads = _length(value, _HEADS_AXIS)
+        return heads if isinstance(heads, int) else None
+    return _int(node, attribute) if attribute in node.attributes else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.absorb_past import absorb_past
 from sparamx_onnx.graph_passes.attention_operators import Refusal, Replacement, read_operator
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan, AttentionReason
+from sparamx_onnx.graph_passes.fold_constants import ConstantFolder
 from sparamx_onnx.graph_passes.plan import Action
+from sparamx_onnx.graph_passes.spelled_attention import read_spelled
 from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_ATTENTION
 
 
@@ -20,9 +23,12 @@ class RewriteAttentionPass(ir.passes.InPlacePass):
 
     1. What ``attention_operators`` understands becomes one SparseAMXAttention: GroupQueryAttention and
        MultiHeadAttention of com.microsoft, and ONNX's Attention.
-    2. What it refuses stays, and so do other attention operators.
-    3. The node keeps its name, documentation and metadata; its outputs keep their names, types and shapes.
-    4. The operators' domain is imported when a node has been replaced; nothing else of the model is touched.
+    2. So does what ``spelled_attention`` understands: MatMul, Softmax and MatMul, in the place of the last.
+    3. What they refuse stays, and so do other attention operators.
+    4. Where the new node's keys and values come from a Concat with a past, ``absorb_past`` may take that in.
+    5. The node keeps its name, documentation and metadata; its outputs keep their names, types and shapes.
+    6. What nothing reads any more is removed. The operators' domain is imported when a node has been replaced; nothing
+       else of the model is touched.
     """
 
     def __init__(self, *, fast: bool, exclude: Sequence[str] = ()) -> None:
@@ -40,8 +46,9 @@ class RewriteAttentionPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the model in place."""
         modified = False
+        folder = ConstantFolder(model)
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
-            found = read_operator(node)
+            found = read_operator(node, folder) or read_spelled(node, folder)
             if found is None:
                 continue
             name = node.name or ""
@@ -54,14 +61,17 @@ class RewriteAttentionPass(ir.passes.InPlacePass):
                 self.plans.append(AttentionPlan(name, node.op_type, Action.LEFT_ALONE, found.reason, found.detail))
                 continue
             self.plans.append(AttentionPlan(name, node.op_type, Action.CONVERTED, AttentionReason.CONVERTED))
-            _replace(node, found)
+            inputs = list(node.inputs)
+            new = _replace(node, found)
+            _remove_unread(inputs)
+            absorb_past(new)
             modified = True
         if modified:
             model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _replace(node: ir.Node, replacement: Replacement) -> None:
+def _replace(node: ir.Node, replacement: Replacement) -> ir.Node:
     graph = node.graph
     assert graph is not None
     outputs = [output for output in node.outputs if output.name]
@@ -81,3 +91,20 @@ def _replace(node: ir.Node, replacement: Replacement) -> None:
         output.metadata_props.update(old.metadata_props)
     nodes = [*replacement.before, new]
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, outputs, new.outputs)
+    return new
+
+
+def _remove_unread(values: Iterable[ir.Value | None]) -> None:
+    """Removes what nothing reads any more, from these values up."""
+    todo = [value for value in values if value is not None]
+    while todo:
+        value = todo.pop()
+        node = value.producer()
+        if value.uses() or value.is_graph_output():
+            continue
+        if value.is_initializer() and not value.is_graph_input() and value.graph is not None:
+            value.graph.initializers.pop(value.name or "", None)
+        if node is None or node.graph is None or any(o.uses() or o.is_graph_output() for o in node.outputs):
+            continue
+        todo += [one for one in node.inputs if one is not None]
+        node.graph.remove(node, safe=True)
