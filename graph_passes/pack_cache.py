@@ -156,7 +156,7 @@ def _is_ours(node: ir.Node) -> bool:
 
 def _read(node: ir.Node, graph: ir.Graph) -> _Found | str:
     """What there is to pack, or why not."""
-    roles = ["query", *node.attributes["roles"].as_string().split(",")]
+    roles = ["query", *filter(None, node.attributes["roles"].as_string().split(","))]
     inputs = {role: value for role, value in zip(roles, node.inputs, strict=True) if value is not None}
     pasts = [inputs.get("past_key"), inputs.get("past_value")]
     presents = list(node.outputs[1:3])
