@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -148,11 +148,8 @@ def _dynamic_source(codes: ir.Value | None, scale: ir.Value | None, zero: ir.Val
 # --- com.microsoft operators that take and give floats ----------------------------------------------------------------
 
 
-def _read_matmul_nbits(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def _read_matmul_nbits(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
     """MatMulNBits: x [.., K], codes [N, blocks, bytes], scales [N, blocks], zero points of as many bits, bias [N]."""
-    codes = _codes(node, 1, folder)
-    if codes is None or isinstance(codes, Refusal):
-        return codes
     k, n, bits = (int_attribute(node, name, default) for name, default in (("K", 0), ("N", 0), ("bits", 4)))
     block = int_attribute(node, "block_size", 0)
     x, scales, zeros = _input(node, 0), _constant(_input(node, 2), folder), _input(node, 3)
@@ -182,13 +179,11 @@ def _read_matmul_nbits(node: ir.Node, folder: ConstantFolder) -> Product | Refus
     )  # fmt: skip
     if isinstance(weight, NotConstant):
         return Refusal(weight.reason, weight.detail, codes)
-    bias = None
-    if _input(node, 5) is not None:
-        constant = constant_vector(_input(node, 5), n, folder, rank=1, dtype=weight.dtype)
-        if constant is None:
-            return Refusal(Reason.UNSUPPORTED_BIAS, weight=codes)
-        bias = Bias(constant)
-    return Product((node,), x, weight.transposed(), bias=bias, takes_add=bias is None, output=node.outputs[0])
+    weight = weight.transposed()
+    bias = _bias(node, 5, weight, folder)
+    if isinstance(bias, Refusal):
+        return bias
+    return Product((node,), x, weight, bias=bias, takes_add=bias is None, output=node.outputs[0])
 
 
 def _nbits_zero(
@@ -208,11 +203,8 @@ def _nbits_zero(
     return Refusal(Reason.MALFORMED_NODE, f"Its zero points have the shape {list(constant.shape)}.")
 
 
-def _read_dynamic_quantize_matmul(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def _read_dynamic_quantize_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
     """DynamicQuantizeMatMul: x, codes [K, N], their scale and zero point, bias."""
-    codes = _codes(node, 1, folder)
-    if codes is None or isinstance(codes, Refusal):
-        return codes
     x = _input(node, 0)
     if x is None:
         return Refusal(Reason.MALFORMED_NODE, "An input is missing.", codes)
@@ -228,15 +220,12 @@ def _read_dynamic_quantize_matmul(node: ir.Node, folder: ConstantFolder) -> Prod
 def _bias(node: ir.Node, index: int, weight: FoldedConstant, folder: ConstantFolder) -> Bias | Refusal | None:
     if _input(node, index) is None:
         return None
-    constant = constant_vector(_input(node, index), weight.shape[1], folder, rank=1)
+    constant = constant_vector(_input(node, index), weight.shape[1], folder, rank=1, dtype=weight.dtype)
     return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight) if constant is None else Bias(constant)
 
 
-def _read_matmul_integer_to_float(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def _read_matmul_integer_to_float(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
     """MatMulIntegerToFloat: codes of x, codes [K, N], both scales, both zero points, bias."""
-    codes = _codes(node, 1, folder)
-    if codes is None or isinstance(codes, Refusal):
-        return codes
     a, a_scale, a_zero = (_input(node, index) for index in (0, 2, 4))
     if a is None or a_scale is None:
         return Refusal(Reason.MALFORMED_NODE, "An input is missing.", codes)
@@ -258,11 +247,8 @@ def _read_matmul_integer_to_float(node: ir.Node, folder: ConstantFolder) -> Prod
 # --- integer operators ------------------------------------------------------------------------------------------------
 
 
-def _read_matmul_integer(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def _read_matmul_integer(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
     """MatMulInteger, an Add of int32 or not, a Cast to float32, and a Mul by the product of both scales."""
-    codes = _codes(node, 1, folder)
-    if codes is None or isinstance(codes, Refusal):
-        return codes
     a, a_zero = _input(node, 0), _input(node, 2)
     if a is None or len(codes.shape) != 2:
         return Refusal(Reason.WEIGHT_NOT_2D if a is not None else Reason.MALFORMED_NODE, weight=codes)
@@ -361,11 +347,8 @@ def _other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return next((other for other in node.inputs if other is not value), None)
 
 
-def _read_qlinear_matmul(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def _read_qlinear_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
     """QLinearMatMul: codes of x, their scale and zero; codes [K, N] and theirs; the scale and zero of the result."""
-    codes = _codes(node, 3, folder)
-    if codes is None or isinstance(codes, Refusal):
-        return codes
     a, a_scale, a_zero = (_input(node, index) for index in (0, 1, 2))
     y_scale, y_zero = _input(node, 6), _input(node, 7)
     if a is None or a_scale is None or y_scale is None:
@@ -381,11 +364,8 @@ def _read_qlinear_matmul(node: ir.Node, folder: ConstantFolder) -> Product | Ref
     )  # fmt: skip
 
 
-def _read_qgemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def _read_qgemm(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
     """QGemm: as QLinearMatMul, with transB, alpha, an int32 bias, and a result in float32 or quantized."""
-    codes = _codes(node, 3, folder)
-    if codes is None or isinstance(codes, Refusal):
-        return codes
     a, a_scale, a_zero = (_input(node, index) for index in (0, 1, 2))
     scale, y_scale = _constant(_input(node, 4), folder), _input(node, 7)
     single = _single(a_scale, folder)
@@ -417,11 +397,26 @@ def _read_qgemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | No
     )  # fmt: skip
 
 
+def _reader(read: Callable[[ir.Node, ConstantFolder, FoldedConstant], Product | Refusal], codes: int) -> Reader:
+    """A reader of an operator, by what reads it once its codes are known.
+
+    Args:
+        read: Reads it.
+        codes: The input that holds the codes.
+    """
+
+    def read_node(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+        constant = _codes(node, codes, folder)
+        return read(node, folder, constant) if isinstance(constant, FoldedConstant) else constant
+
+    return read_node
+
+
 QUANTIZED_READERS: Mapping[tuple[str, str], Reader] = {
-    ("", "MatMulInteger"): _read_matmul_integer,
-    ("", "QLinearMatMul"): _read_qlinear_matmul,
-    (MICROSOFT, "DynamicQuantizeMatMul"): _read_dynamic_quantize_matmul,
-    (MICROSOFT, "MatMulIntegerToFloat"): _read_matmul_integer_to_float,
-    (MICROSOFT, "MatMulNBits"): _read_matmul_nbits,
-    (MICROSOFT, "QGemm"): _read_qgemm,
+    ("", "MatMulInteger"): _reader(_read_matmul_integer, codes=1),
+    ("", "QLinearMatMul"): _reader(_read_qlinear_matmul, codes=3),
+    (MICROSOFT, "DynamicQuantizeMatMul"): _reader(_read_dynamic_quantize_matmul, codes=1),
+    (MICROSOFT, "MatMulIntegerToFloat"): _reader(_read_matmul_integer_to_float, codes=1),
+    (MICROSOFT, "MatMulNBits"): _reader(_read_matmul_nbits, codes=1),
+    (MICROSOFT, "QGemm"): _reader(_read_qgemm, codes=3),
 }
