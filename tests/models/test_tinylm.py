@@ -19,10 +19,8 @@ NEAR = 2e-2
 
 
 @pytest.fixture(scope="session")
-def tinylm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tinylm")
-    tinylm.main([str(folder)])
-    return folder / "model.onnx"
+def tinylm_path(built: Path) -> Path:
+    return built / "model.onnx"
 
 
 def perplexity(path: Path, windows: np.ndarray) -> float:
