@@ -137,7 +137,7 @@ def write_calibration(folder: Path, count: int = 32, length: int = 512) -> None:
     names = [f"past_key_values.{layer}.{kind}" for layer in range(tinylm.LAYERS) for kind in ("key", "value")]
     for index in range(0, count, ROWS):
         ids = np.stack([tokens[start : start + length] for start in starts[index : index + ROWS]])
-        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), **dict.fromkeys(names, empty)}
+        arrays: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids), **dict.fromkeys(names, empty)}
         np.savez(folder / f"{index:02}.npz", **arrays)
 
 
@@ -248,7 +248,7 @@ def queries_keys_values(dense: Path, text: Tokens) -> list[Floats]:
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     empty = np.zeros((len(text), tinylm.KV_HEADS, 0, tinylm.HEAD_SIZE), np.float32)
-    feeds = {value.name: empty for value in session.get_inputs()}
+    feeds: dict[str, npt.NDArray[Any]] = {value.name: empty for value in session.get_inputs()}
     feeds |= {"input_ids": text, "attention_mask": np.ones_like(text)}
     found: list[Floats] = session.run(names, feeds)
     return found
