@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sparamx_onnx.conversion import ConversionResult
 
 _BINS = 20
+# A share of just below half counts as half.
+_HARDLY = 1e-3
 
 
 def report_page(result: ConversionResult) -> str:
@@ -90,13 +92,13 @@ def _charts(plan: Plan) -> str:
         shares = [node.sparsity or 0.0 for node in known]
         counts = [0] * _BINS
         for share in shares:
-            counts[min(int(share * _BINS), _BINS - 1)] += 1
+            counts[min(int(share * _BINS + _HARDLY), _BINS - 1)] += 1
         bars = [
             ([float(count)], f"{100 * index // _BINS} to {100 * (index + 1) // _BINS} %: {count} layers")
             for index, count in enumerate(counts)
         ]
         labels = [f"{100 * index // _BINS} %" if index % 2 == 0 else "" for index in range(_BINS)]
-        parts.append("<h2>Layers by their share of zeros</h2>" + bar_chart(bars, "{:.0f}".format, labels))
+        parts.append("<h2>Layers by their share of zeros</h2>" + bar_chart(bars, "{:g}".format, labels))
     if nodes:
         sizes = [
             (
