@@ -42,8 +42,9 @@ TURNS = 5
 TURN_SECONDS = 0.008
 # A kernel that takes so many times as long as the fastest is not timed again.
 HOPELESS = 3
-# A kernel of another level must be this much faster for a rule: less is noise.
-MARGIN = 1.03
+# A kernel of another level must be this much faster for a rule, and for another rule than that of the next smaller M:
+# less is noise.
+MARGIN = 1.08
 
 # What each level is called in the sources. The lowest has nothing to choose from.
 LEVELS = {
@@ -138,7 +139,7 @@ def rules(cells: Iterable[dict[str, Any]], levels: Sequence[str]) -> list[Rule]:
             chosen: list[Rule] = []
             for m in sorted({cell["m"] for cell in measured if cell["weights"] == weights}):
                 times = [cell["seconds"] for cell in measured if cell["weights"] == weights and cell["m"] == m]
-                name, faster = _fastest(times, levels[: index + 1], weights)
+                name, faster = _fastest(times, levels[: index + 1], weights, _last_choice(chosen))
                 level, activations = name.split()
                 if chosen and chosen[-1].last is None:
                     last = chosen[-1]
@@ -158,8 +159,20 @@ def _own(times: dict[str, float], levels: Sequence[str], weights: str) -> str:
     return next(f"{level} {default}" for level in reversed(levels) if f"{level} {default}" in times)
 
 
-def _fastest(times: list[dict[str, float]], levels: Sequence[str], weights: str) -> tuple[str, float]:
-    """The fastest kernel of these levels, and how much faster it is than the highest one's own, which it may be."""
+def _last_choice(chosen: Sequence[Rule]) -> str | None:
+    """The kernel of the rule that reaches up to here; None where the own one runs."""
+    if not chosen or chosen[-1].last is not None:
+        return None
+    return f"{chosen[-1].level} {chosen[-1].activations}"
+
+
+def _fastest(
+    times: list[dict[str, float]], levels: Sequence[str], weights: str, before: str | None = None
+) -> tuple[str, float]:
+    """The kernel to take of these levels, and how much faster it is than the highest one's own, which it may be.
+
+    That is the fastest, unless `before`, what the next smaller M takes, or the own one does about as well.
+    """
     own = _own(times[0], levels, weights)
     faster = {
         name: math.exp(statistics.fmean(math.log(cell[own] / cell[name]) for cell in times))
@@ -167,6 +180,8 @@ def _fastest(times: list[dict[str, float]], levels: Sequence[str], weights: str)
         if name.split()[0] in levels
     }
     best = max(faster, key=faster.__getitem__)
+    if before is not None and faster[best] < MARGIN * faster[before]:
+        best = before
     return (best, faster[best]) if faster[best] >= MARGIN else (own, 1.0)
 
 
