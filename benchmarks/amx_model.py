@@ -116,7 +116,7 @@ def tile_products(weights: str, m: int, k: int, n: int) -> int:
     blocks = math.ceil(m / 16) * math.ceil(n / 16)
     if weights == "bf16":
         return blocks * math.ceil(k / 32)
-    factor = 1 if weights == "int8" else 2 if m > 16 else max(1, 64 // GROUP)
+    factor = 1 if weights == "int8" else 2 if m > 23 else max(1, 64 // GROUP)
     return blocks * math.ceil(k / 64) * factor
 
 
@@ -139,7 +139,7 @@ def predict(cpu: Cpu, weights: str, sparsity: float, m: int, k: int, n: int, cor
     if weights == "int4" and m <= 4:
         products, loads, expansion = 0, 0, tiles * cpu.int4_rows
     elif weights == "int4":
-        expansion += tiles * (passes * cpu.int4_to_bf16 if m > 16 else math.ceil(m / 16) * cpu.int4_scale)
+        expansion += tiles * (passes * cpu.int4_to_bf16 if m > 23 else math.ceil(m / 16) * cpu.int4_scale)
     milliseconds = 1 / (cpu.clock_ghz * 1e6 * cores)
     bandwidth = min(cpu.socket_gb_s, cpu.core_gb_s * cores)
     return Prediction(

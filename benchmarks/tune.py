@@ -3,7 +3,7 @@
 
 Times every level's kernels in turn, on a few shapes and sparsities, each in a file of copies of three times the L3.
 For every level as the highest that a CPU has, a kernel of another level gets a rule where it is faster, over all shapes
-and sparsities (geometric mean), by more than noise. So one CPU fills the table of its vendor also for CPUs that have
+and sparsities (median), by more than noise. So one CPU fills the table of its vendor also for CPUs that have
 less; how these differ otherwise, it does not know.
 
 --json keeps what was measured, and a later run goes on from it; --write replaces the vendor's rules in the sources.
@@ -12,7 +12,6 @@ less; how these differ otherwise, it does not know.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -175,7 +174,7 @@ def _fastest(
     """
     own = _own(times[0], levels, weights)
     faster = {
-        name: math.exp(statistics.fmean(math.log(cell[own] / cell[name]) for cell in times))
+        name: statistics.median(cell[own] / cell[name] for cell in times)
         for name in times[0]
         if name.split()[0] in levels
     }

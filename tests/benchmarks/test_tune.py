@@ -70,9 +70,9 @@ def test_what_is_faster_by_less_than_noise_gets_no_rule(tune: Any) -> None:
 
 def test_regret_names_the_matrix_that_the_rules_serve_worst(tune: Any) -> None:
     measured = cells("int8", {"avx512_vbmi2 int8": dict.fromkeys(ROWS, 1.0), "amx int8": dict.fromkeys(ROWS, 0.5)})
-    measured[3]["seconds"]["avx512_vbmi2 int8"] = 0.25
+    measured[3]["seconds"]["avx512_vbmi2 int8"] = 0.4
     cost, cell, chosen, best = tune.regret(measured, LEVELS)[0]
-    assert (cost, cell, chosen, best) == (pytest.approx(2), measured[3], "amx int8", "avx512_vbmi2 int8")
+    assert (cost, cell, chosen, best) == (pytest.approx(1.25), measured[3], "amx int8", "avx512_vbmi2 int8")
 
 
 def cpuinfo_vendor() -> str:

@@ -126,7 +126,7 @@ uint64_t ExpectedProducts(const Matrix& m, uint64_t rows) {
     case WeightType::kInt8:
       return blocks * Parts(m.k, 64);
     case WeightType::kInt4:
-      return blocks * Parts(m.k, 64) * (rows > 16 ? 2 : m.group_size < 64 ? 64 / m.group_size : 1);
+      return blocks * Parts(m.k, 64) * (rows > 23 ? 2 : m.group_size < 64 ? 64 / m.group_size : 1);
   }
   return 0;
 }
@@ -177,7 +177,7 @@ TEST(AmxKernels, AWeightTileIsExpandedOncePer64RowsOrMore) {
       const Matrix m = {k, 40, type, is_int4 ? 64u : 0u};
       const std::vector<uint8_t> blob = Packed(m);
       for (const size_t rows : {1u, 17u, 33u, 64u, 65u, 100u, k == 640 ? 1100u : 200u}) {
-        const uint64_t tiles = k / (type == WeightType::kBf16 || (is_int4 && rows > 16) ? 32 : 64) * Parts(m.n, 16);
+        const uint64_t tiles = k / (type == WeightType::kBf16 || (is_int4 && rows > 23) ? 32 : 64) * Parts(m.n, 16);
         const Work work = WorkOf(blob, rows, true);
         EXPECT_GE(work.expanded, tiles) << "M " << rows << " K " << k << " type " << static_cast<int>(type);
         EXPECT_LE(work.expanded, tiles * Parts(rows, 64)) << "M " << rows << " K " << k;

@@ -226,7 +226,7 @@ std::string ExpectedPath(const std::string& level, WeightType type) {
 
 // AMX multiplies int4 weights as bf16 numbers where there are more than 32 rows.
 Activations ExpectedActivations(const std::string& path, WeightType type, uint64_t rows) {
-  return type == WeightType::kInt4 && path == "amx" && rows > 16 ? Activations::kBf16 : DefaultActivations(type);
+  return type == WeightType::kInt4 && path == "amx" && rows > 23 ? Activations::kBf16 : DefaultActivations(type);
 }
 
 void CheckEveryLevel(const Case& c, uint32_t seed) {

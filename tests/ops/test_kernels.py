@@ -52,7 +52,7 @@ def _check(case, blob: np.ndarray, epilogue: str, y: np.ndarray, path: str) -> N
     info = packing.describe(blob)
     w, x = reference.unpack_blob(blob.tobytes()), case.x
     activations = {WeightType.FP32: "fp32", WeightType.BF16: "bf16"}.get(info.weight_type, "int8")
-    if activations == "int8" and path == "amx" and info.weight_type is WeightType.INT4 and len(x) > 16:
+    if activations == "int8" and path == "amx" and info.weight_type is WeightType.INT4 and len(x) > 23:
         # What docs/numerics.md says of AMX: both sides become bf16 numbers.
         activations, w = "bf16", reference.round_to_bf16(w)
     if activations == "int8":
@@ -207,7 +207,7 @@ def test_the_ends_of_the_range_of_codes(isa: str, weight_type: WeightType, form:
         x[:, :: options.group_size or k] = 127
         x[:, 1] = -127
         y, path = packing.matmul(blob, x, isa=isa)
-        if path == "amx" and weight_type is WeightType.INT4 and m > 16:
+        if path == "amx" and weight_type is WeightType.INT4 and m > 23:
             x = reference.round_to_bf16(x)
         expected = x.astype(np.float64) @ w
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(x).astype(np.float64).dot(np.abs(w)).max())

@@ -57,7 +57,7 @@ def _expected(case, blob: np.ndarray, epilogue: str, activations: str) -> np.nda
     info = packing.describe(blob)
     w = reference.unpack_blob(blob.tobytes())
     _, path = packing.matmul(blob, case.x)
-    if info.weight_type is WeightType.INT4 and path == "amx" and len(case.x) > 16:  # docs/numerics.md
+    if info.weight_type is WeightType.INT4 and path == "amx" and len(case.x) > 23:  # docs/numerics.md
         activations, w = "bf16", reference.round_to_bf16(w)
     return reference.sparse_amx_matmul(case.x, w, case.bias, epilogue, activations, info.group_size)
 
