@@ -11,6 +11,7 @@ This file imports nothing of sparamx_onnx where llama.cpp runs, whose Python nee
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -103,11 +104,11 @@ def main() -> None:
         request = json.loads(line)
         if "prompt" in request:
             prompt = rng.integers(0, SMALLEST_VOCABULARY, request["prompt"]).tolist()
-            answer([timed(lambda prompt=prompt: decoder.read(prompt))])
+            answer([timed(functools.partial(decoder.read, prompt))])
         else:
             decoder.go_to(request["context"])
             decoder.step(5)
-            answer([timed(lambda: decoder.step(7)) for _ in range(request["runs"])])
+            answer([timed(functools.partial(decoder.step, 7)) for _ in range(request["runs"])])
 
 
 if __name__ == "__main__":
