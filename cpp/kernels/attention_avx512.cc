@@ -7,21 +7,15 @@
 #include <immintrin.h>
 
 #include "kernels/attention_loop.h"
+#include "kernels/avx512_vec.h"
 
 namespace sparamx {
 namespace {
 
-struct Avx512Attention {
-  using Vec = __m512;
+struct Avx512Attention : Avx512Lanes {
   static constexpr int kRows = 6;
   static constexpr int kVecs = 4;
 
-  static SPARAMX_INLINE __mmask16 Columns(size_t columns) {
-    return columns >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << columns) - 1);
-  }
-  static SPARAMX_INLINE Vec Zero() { return _mm512_setzero_ps(); }
-  static SPARAMX_INLINE Vec Load(const float* p, size_t columns) { return _mm512_maskz_loadu_ps(Columns(columns), p); }
-  static SPARAMX_INLINE void Store(float* p, size_t columns, Vec v) { _mm512_mask_storeu_ps(p, Columns(columns), v); }
   static SPARAMX_INLINE Vec Scale(Vec v, float by) { return _mm512_mul_ps(v, _mm512_set1_ps(by)); }
   static SPARAMX_INLINE Vec Multiply(Vec sum, Vec w, const float* x) {
     return _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum);

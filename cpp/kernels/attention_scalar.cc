@@ -1,26 +1,15 @@
 // Attention, scalar: the specification of the other levels.
 // Register plan: two rows of one vector, each four registers of the baseline's SSE2.
 #include "kernels/attention_loop.h"
+#include "kernels/scalar_vec.h"
 
 namespace sparamx {
 namespace {
 
-struct ScalarAttention {
-  struct Vec {
-    float v[16];
-  };
+struct ScalarAttention : ScalarLanes {
   static constexpr int kRows = 2;
   static constexpr int kVecs = 1;
 
-  static Vec Zero() { return {}; }
-  static Vec Load(const float* p, size_t columns) {
-    Vec out = {};
-    for (size_t i = 0; i < columns; ++i) out.v[i] = p[i];
-    return out;
-  }
-  static void Store(float* p, size_t columns, const Vec& v) {
-    for (size_t i = 0; i < columns; ++i) p[i] = v.v[i];
-  }
   static Vec Scale(const Vec& v, float by) {
     Vec out;
     for (int i = 0; i < 16; ++i) out.v[i] = v.v[i] * by;

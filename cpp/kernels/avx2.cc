@@ -10,8 +10,7 @@
 // weights: one pshufb (port 5) with a 16-byte table row that zeroes the holes, then a shift and an and to two fp32
 // rows. Registers: a strip is two ymm. M <= 4: 8 sums (4 chains at M = 1). Above: 6 rows x 1 strip = 12 sums, 2
 // weights, 1 broadcast.
-#include <immintrin.h>
-
+#include "kernels/avx2_vec.h"
 #include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
@@ -53,35 +52,14 @@ SPARAMX_INLINE void Prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 }
 
-struct Avx2Base {
-  struct Vec {
-    __m256 low, high;
-  };
+struct Avx2Base : Avx2Lanes {
   static constexpr size_t kDirectRows = 4;
   static constexpr size_t kBlockRows = 6;
   static constexpr size_t kBlockStrips = 1;
   static constexpr int kStepBytes = 4;
 
-  static SPARAMX_INLINE __m256i Columns(size_t columns, int first) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(columns) - first), lane);
-  }
-  static SPARAMX_INLINE Vec Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static SPARAMX_INLINE Vec Add(const Vec& a, const Vec& b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
-  }
-  static SPARAMX_INLINE Vec Load(const float* p, size_t columns) {
-    if (columns >= 16) return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
-    return {_mm256_maskload_ps(p, Columns(columns, 0)), _mm256_maskload_ps(p + 8, Columns(columns, 8))};
-  }
-  static SPARAMX_INLINE void Store(float* p, size_t columns, const Vec& v) {
-    if (columns >= 16) {
-      _mm256_storeu_ps(p, v.low);
-      _mm256_storeu_ps(p + 8, v.high);
-      return;
-    }
-    _mm256_maskstore_ps(p, Columns(columns, 0), v.low);
-    _mm256_maskstore_ps(p + 8, Columns(columns, 8), v.high);
   }
   static SPARAMX_INLINE Vec Weights(const uint8_t* panel, int step) {
     const float* row = reinterpret_cast<const float*>(panel + step * 64);

@@ -3,33 +3,22 @@
 #include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
+#include "kernels/scalar_vec.h"
 #include "kernels/strip_loop.h"
 
 namespace sparamx {
 namespace {
 
-struct ScalarBase {
-  struct Vec {
-    float v[16];
-  };
+struct ScalarBase : ScalarLanes {
   static constexpr size_t kDirectRows = 2;
   static constexpr size_t kBlockRows = 4;
   static constexpr size_t kBlockStrips = 1;
   static constexpr int kStepBytes = 4;
 
-  static Vec Zero() { return {}; }
   static Vec Add(const Vec& a, const Vec& b) {
     Vec out;
     for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] + b.v[i];
     return out;
-  }
-  static Vec Load(const float* p, size_t columns) {
-    Vec out = {};
-    for (size_t i = 0; i < columns; ++i) out.v[i] = p[i];
-    return out;
-  }
-  static void Store(float* p, size_t columns, const Vec& v) {
-    for (size_t i = 0; i < columns; ++i) p[i] = v.v[i];
   }
   static Vec Weights(const uint8_t* panel, int step) {
     Vec out;
