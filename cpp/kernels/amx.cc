@@ -405,9 +405,10 @@ void MultiplyAmx(const MatMulJob& job) {
 // --- int4 with int8 activations, M <= 32: TDPBSSD over one group of K at a time
 //
 // A segment (a group, or 64 of a longer one) is s / 4 rows of a weight tile and s bytes of X; a group's integer sums go
-// through L1 to fp32, scaled. Per 1024 weights, 16 rows and groups of 32, measured on Granite Rapids: expansion 75
-// cycles, two products with their loads 30, two stores of a tile 35, conversion and scaling 75. They add up rather than
-// overlap; sums in registers (one strip at a time) and later flushes were no faster.
+// through L1 to fp32, scaled. What each part adds per 1024 weights, 16 rows and groups of 32, measured on Granite
+// Rapids: expansion 80 cycles, two products with their loads 30, two stores of a tile 50, conversion and scaling 80 to
+// 110. They add up rather than overlap; sums in registers (one strip at a time), later flushes, and neighbouring groups
+// in tiles of their own were no faster.
 struct SignedTiles {
   SPARAMX_PRODUCTS(_tile_dpbssd)
 };
