@@ -24,6 +24,7 @@ from sparamx_onnx.graph_passes.products import (
     Reader,
     Refusal,
     constant_vector,
+    only_user,
 )
 from sparamx_onnx.graph_passes.quantized_products import QUANTIZED_READERS, has_static_scale
 from sparamx_onnx.ops import packing
@@ -265,7 +266,7 @@ class LinearLayerFinder:
     def _absorb(self, product: Product) -> LinearLayer:
         nodes, output, bias = list(product.nodes), product.output, product.bias
         if product.takes_add and product.after is None:
-            add = _only_user(output)
+            add = only_user(output)
             if add is not None and add.op_type == "Add" and add.domain == "" and len(add.inputs) == 2:
                 other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
                 x_rank = None if product.x.shape is None else len(product.x.shape)
@@ -324,15 +325,6 @@ def _type_refusal(x: ir.Value | None, weight: FoldedConstant) -> NotConstant | N
 def _left_alone(node: ir.Node, reason: Reason, detail: str = "") -> NodePlan:
     op_type = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     return NodePlan(node.name or "", op_type, Action.LEFT_ALONE, reason, detail, scope=scope_of(node))
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    """The one node of the same graph that uses a value, if nothing else does."""
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    (use,) = uses
-    return use.node if use.node.graph is value.graph else None
 
 
 def scope_of(node: ir.Node) -> str | None:

@@ -126,6 +126,15 @@ def constant_vector(
     return constant
 
 
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The one node of the same graph that uses a value, if nothing else does."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    (use,) = uses
+    return use.node if use.node.graph is value.graph else None
+
+
 def int_attribute(node: ir.Node, name: str, default: int) -> int:
     """An attribute of integer type."""
     attribute = node.attributes.get(name)

@@ -22,6 +22,7 @@ from sparamx_onnx.graph_passes.products import (
     constant_vector,
     float_attribute,
     int_attribute,
+    only_user,
 )
 
 # Operators that only move values: an activation that was dequantized before them is still made of its codes.
@@ -253,14 +254,14 @@ def _read_matmul_integer(node: ir.Node, folder: ConstantFolder, codes: FoldedCon
     if a is None or len(codes.shape) != 2:
         return Refusal(Reason.WEIGHT_NOT_2D if a is not None else Reason.MALFORMED_NODE, weight=codes)
     nodes, integer_bias = [node], None
-    cast = _only_user(node.outputs[0])
+    cast = only_user(node.outputs[0])
     if cast is not None and cast.op_type == "Add" and cast.domain == "":
         integer_bias = _constant(_other_input(cast, node.outputs[0]), folder)
         if integer_bias is None or integer_bias.dtype != ir.DataType.INT32 or not _is_row(integer_bias, codes.shape[1]):
             return Refusal(Reason.UNSUPPORTED_BIAS, weight=codes)
         nodes.append(cast)
-        cast = _only_user(cast.outputs[0])
-    mul = None if cast is None or not _casts_to_float(cast) else _only_user(cast.outputs[0])
+        cast = only_user(cast.outputs[0])
+    mul = None if cast is None or not _casts_to_float(cast) else only_user(cast.outputs[0])
     if cast is None or mul is None or mul.op_type != "Mul" or mul.domain != "" or len(mul.inputs) != 2:
         return Refusal(
             Reason.QUANTIZED_WEIGHT, "Its integers are not turned into floats by a Cast and a Mul that follow.", codes
@@ -333,14 +334,6 @@ def _casts_to_float(node: ir.Node) -> bool:
         and attribute is not None
         and attribute.as_int() == ir.DataType.FLOAT
     )
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    (use,) = uses
-    return use.node if use.node.graph is value.graph else None
 
 
 def _other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
