@@ -295,10 +295,10 @@ def _tokens_of(value: ir.Value) -> ir.Value:
         is_split = (node.domain, node.op_type) == ("", "Split") and _int(node, "axis") in (2, -1)
         is_product = (node.domain, node.op_type) == (DOMAIN, SPARSE_AMX_MATMUL.name) or (
             (node.domain, node.op_type) == ("", "MatMul")
-            and _is_constant(node.inputs[1])
-            and _rank(node.inputs[1]) == 2
+            and _is_constant(node.inputs[-1])
+            and _rank(node.inputs[-1]) == 2
         )
-        is_bias = (node.domain, node.op_type) == ("", "Add") and _is_constant(node.inputs[1])
+        is_bias = (node.domain, node.op_type) == ("", "Add") and _is_constant(node.inputs[-1])
         if not (is_split or is_product or is_bias):
             break
         value = node.inputs[0]

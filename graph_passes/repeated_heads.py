@@ -36,9 +36,12 @@ def _source(value: ir.Value) -> ir.Value | None:
     chain = [value]
     for op_type in ("Reshape", "Expand", "Unsqueeze"):
         node = chain[-1].producer()
-        if node is None or (node.domain, node.op_type) != ("", op_type) or node.inputs[0] is None:
+        if node is None or (node.domain, node.op_type) != ("", op_type):
             return None
-        chain.append(node.inputs[0])
+        source = node.inputs[0] if node.inputs else None
+        if source is None:
+            return None
+        chain.append(source)
     after, many, one, before = (known_shape(x) for x in chain)
     if after is None or many is None or one is None or before is None or len(before) != RANK_BY_HEAD:
         return None

@@ -14,6 +14,14 @@ from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConst
 from sparamx_onnx.graph_passes.products import int_attribute
 from sparamx_onnx.graph_passes.repeated_heads import RANK_BY_HEAD, known_shape, without_repeats
 
+# How many inputs operators have; those of Concat and Slice may differ.
+_INPUTS = {
+    **dict.fromkeys(("MatMul", "Add", "Mul", "Div", "Reshape"), 2),
+    **dict.fromkeys(("Softmax", "Tanh", "Cast", "IsNaN", "Transpose", "Shape"), 1),
+    "Where": 3,
+}
+_FEWEST_OF_SLICE = 3
+
 # Nodes between the Softmax and the product behind it: a cast, a softcap's three, factors.
 _LONGEST_WAY = 8
 
@@ -56,7 +64,11 @@ def read_spelled(node: ir.Node, folder: ConstantFolder) -> Replacement | Refusal
 
 
 def _is(node: ir.Node | None, *op_types: str) -> bool:
-    return node is not None and node.domain == "" and node.op_type in op_types
+    """Whether a node is one of these operators, with as many inputs as that has: a file may say anything."""
+    if node is None or node.domain != "" or node.op_type not in op_types or len(node.outputs) != 1:
+        return False
+    wanted = _INPUTS.get(node.op_type)
+    return wanted is None or (len(node.inputs) == wanted and None not in node.inputs)
 
 
 def _producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -212,7 +224,7 @@ class _Reader:
         turned = self._unscaled(turned, factors)
         transpose = _producer(turned, "Transpose")
         if transpose is not None and transpose.inputs[0] is not None:
-            permutation = tuple(transpose.attributes["perm"].as_ints()) if "perm" in transpose.attributes else ()
+            permutation = _permutation(transpose)
             if permutation == (0, 1, 3, 2):
                 return transpose.inputs[0], []
             if permutation == (0, 2, 3, 1):
@@ -257,6 +269,11 @@ class _Reader:
             raise _NotUnderstoodError(AttentionReason.UNKNOWN_SHAPE, "Its mask may not fit its scores.")
 
 
+def _permutation(transpose: ir.Node) -> tuple[int, ...]:
+    perm = transpose.attributes.get("perm")
+    return tuple(perm.as_ints()) if perm is not None and perm.type == ir.AttributeType.INTS else ()
+
+
 def _leads_to_product(value: ir.Value | None) -> bool:
     """Whether a summand is the scores: a product behind factors and softcap."""
     for _ in range(_LONGEST_WAY):
@@ -290,8 +307,7 @@ def _turned_flat(turned: ir.Value, folder: ConstantFolder) -> ir.Value | None:
     first = None if transpose is None else _producer(transpose.inputs[0], "Reshape")
     if last is None or transpose is None or first is None or first.inputs[0] is None:
         return None
-    perm = transpose.attributes.get("perm")
-    if perm is None or tuple(perm.as_ints()) != (0, 2, 1):
+    if _permutation(transpose) != (0, 2, 1):
         return None
     keys = first.inputs[0]
     into = [[-1], (keys, -2, -1), (keys, -1, None)]
@@ -307,10 +323,10 @@ def _parts_of_shape(value: ir.Value | None, folder: ConstantFolder) -> list[obje
     for part in concat.inputs if concat is not None else ():
         numbers = _numbers(part, folder)
         cut = _producer(part, "Slice")
-        shape = None if cut is None else _producer(cut.inputs[0], "Shape")
+        shape = None if cut is None or not cut.inputs else _producer(cut.inputs[0], "Shape")
         if numbers is not None:
             parts.append(numbers)
-        elif cut is not None and shape is not None and not _cuts(shape):
+        elif cut is not None and shape is not None and not _cuts(shape) and len(cut.inputs) >= _FEWEST_OF_SLICE:
             start, end = (_numbers(cut.inputs[i], folder) for i in (1, 2))
             if start is None or end is None or len(start) != 1 or len(end) != 1 or not _is_plain_slice(cut, folder):
                 return []
