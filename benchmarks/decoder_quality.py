@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+import plots
 from onnx import TensorProto, helper
 
 import sparamx_onnx
@@ -49,6 +50,7 @@ def main() -> None:
         "--parts", nargs="+", choices=["weights", "caches", "attention"], default=["weights", "caches", "attention"]
     )
     parser.add_argument("--json", type=Path, metavar="OUT.json")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where to write charts of weights and caches")
     arguments = parser.parse_args()
     about = machine.describe()
     print(machine.headline(about))
@@ -67,6 +69,43 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    if arguments.plots:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        for name, chart in charts(document).items():
+            (arguments.plots / f"{name}.svg").write_text(chart.svg())
+
+
+def charts(document: Mapping[str, Any]) -> dict[str, plots.Chart]:
+    """Perplexity against zeros, of the parts that were measured."""
+    found = {}
+    if "weights" in document:
+        dense = next(row["perplexity"] for row in document["weights"] if row["method"] == "dense")
+        chart = plots.Chart(
+            "Held-out perplexity of tinylm, bf16 weights",
+            plots.Axis("zeros in every pruned layer", 0.3, 0.7, SPARSITIES, label="{:.0%}".format),
+            plots.Axis("perplexity", 20, 80, (20, 30, 40, 60, 80), logarithmic=True),
+        )
+        for method, colour in zip(METHODS, plots.COLOURS, strict=False):
+            rows = [row for row in document["weights"] if row["method"] == method and row["weights"] == "bf16"]
+            points = [(row["sparsity"], row["perplexity"]) for row in rows if "sparsity" in row]
+            chart.line(method, points, colour)
+        chart.rule(dense, "dense, fp32")
+        found["decoder_weights"] = chart
+    if "caches" in document:
+        length = str(max(LENGTHS))
+        rows = {(row["k_sparsity"], row["v_sparsity"]): row for row in document["caches"] if row.get("recent") == 0}
+        chart = plots.Chart(
+            f"Perplexity after {length} tokens with a packed cache",
+            plots.Axis("pruned", 0.3, 0.7, CACHE_SPARSITIES, label="{:.0%}".format),
+            plots.Axis("perplexity", 26, 30, (26, 27, 28, 29, 30)),
+        )
+        kinds = {"keys": (1, 0), "values": (0, 1), "both": (1, 1)}
+        for (name, (k, v)), colour in zip(kinds.items(), plots.COLOURS, strict=False):
+            line = [(s, rows[k * s, v * s]["perplexity"][length]) for s in CACHE_SPARSITIES]
+            chart.line(name, line, colour)
+        chart.rule(document["caches"][0]["perplexity"][length], "fp32 cache")
+        found["decoder_caches"] = chart
+    return found
 
 
 def windows(count: int, length: int) -> Tokens:
