@@ -93,7 +93,9 @@ def charts(document: Mapping[str, Any]) -> dict[str, plots.Chart]:
         found["decoder_weights"] = chart
     if "caches" in document:
         length = str(max(LENGTHS))
-        rows = {(row["k_sparsity"], row["v_sparsity"]): row for row in document["caches"] if row.get("recent") == 0}
+        by_sparsity = {
+            (row["k_sparsity"], row["v_sparsity"]): row for row in document["caches"] if row.get("recent") == 0
+        }
         chart = plots.Chart(
             f"Perplexity after {length} tokens with a packed cache",
             plots.Axis("pruned", 0.3, 0.7, CACHE_SPARSITIES, label="{:.0%}".format),
@@ -101,7 +103,7 @@ def charts(document: Mapping[str, Any]) -> dict[str, plots.Chart]:
         )
         kinds = {"keys": (1, 0), "values": (0, 1), "both": (1, 1)}
         for (name, (k, v)), colour in zip(kinds.items(), plots.COLOURS, strict=False):
-            line = [(s, rows[k * s, v * s]["perplexity"][length]) for s in CACHE_SPARSITIES]
+            line = [(s, by_sparsity[k * s, v * s]["perplexity"][length]) for s in CACHE_SPARSITIES]
             chart.line(name, line, colour)
         chart.rule(document["caches"][0]["perplexity"][length], "fp32 cache")
         found["decoder_caches"] = chart
