@@ -9,8 +9,7 @@
 //   M <= 32  a tile pair is expanded two steps ahead of its products, the sums stay in tiles 0-3 over all of K
 //   M > 32   panels of 16 tiles x 2 strips: while every row block multiplies one panel, the next is expanded between
 //            its products, a tile a step; sums pass from panel to panel through an array on the stack
-//
-// GCC 12's tile intrinsics do not tell the compiler that they touch memory, hence the barriers.
+#include "kernels/amx_tiles.h"
 #include "kernels/expand_vbmi2.h"
 #include "kernels/half.h"
 #include "kernels/pack_rows.h"
@@ -20,7 +19,6 @@
 namespace sparamx {
 namespace {
 
-constexpr size_t kTileBytes = kTileRows * kTileRowBytes;
 constexpr size_t kStrips = 2;       // strips of a block
 constexpr size_t kBlock = 32;       // rows of a block
 constexpr size_t kPanelTiles = 16;  // of a strip
@@ -28,39 +26,6 @@ constexpr size_t kMaxRows = 512;    // of one job, rounded up: the size of the s
 constexpr size_t kAhead = 2;        // tile pairs expanded ahead of their products for small M
 constexpr size_t kRing = 4;         // their buffers
 constexpr size_t kWarning = 8;      // steps before the end of a strip pair at which the next one is prefetched
-
-struct TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t column_bytes[16];
-  uint8_t rows[16];
-};
-
-SPARAMX_INLINE void Barrier() {
-  __asm__ volatile("" ::: "memory");
-}
-
-// Loads the configuration for a scope: ONNX Runtime's own kernels share the thread, so nothing may stay behind.
-class TileScope {
- public:
-  // Row tiles of X and of the sums have `first` and `second` rows; a tile of 0 rows is not configured. A step along K
-  // is `x_bytes` of a row of X, a row of weights for every 4 of them.
-  TileScope(size_t first, size_t second, size_t x_bytes = 64) {
-    TileConfig config = {};
-    config.palette = 1;
-    const size_t rows[8] = {first, first, second, second, first, second, x_bytes / 4, x_bytes / 4};
-    for (int t = 0; t < 8; ++t) {
-      config.rows[t] = static_cast<uint8_t>(rows[t]);
-      const bool of_x = t == 4 || t == 5;
-      config.column_bytes[t] = static_cast<uint16_t>(rows[t] == 0 ? 0 : of_x ? x_bytes : 64);
-    }
-    Barrier();
-    _tile_loadconfig(&config);
-    Barrier();
-  }
-  ~TileScope() { _tile_release(); }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
-};
 
 // --- What differs between weight types: how tiles come about, which product takes them, what sums mean
 
@@ -549,7 +514,7 @@ const Level kAmxLevel = {
     HalvesToFloats,
     FloatsToHalves,
     nullptr,
-    nullptr,
+    &kAmxPackedAttention,
 };
 
 }  // namespace sparamx

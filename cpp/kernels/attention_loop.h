@@ -13,23 +13,18 @@
 #include <stdint.h>
 
 #include "kernels/attention_kernel.h"
+#include "kernels/attention_softmax.h"
 #include "kernels/lanes.h"
 
 namespace sparamx {
 namespace {
 
-constexpr size_t kVecFloats = 16;
 // Up to so many rows, reading keys and values is what takes the time.
 constexpr size_t kFewRows = 8;
 // Keys that are asked for ahead of time then, when work on a block begins: 32 KiB where a key has 128 numbers. Values
 // come half a block after their keys.
 constexpr size_t kAheadKeys = kKeyBlock;
 constexpr size_t kAheadValues = kAheadKeys - kKeyBlock / 2;
-constexpr float kMinusInfinity = -__builtin_inff();
-
-SPARAMX_INLINE size_t Smaller(size_t a, size_t b) {
-  return a < b ? a : b;
-}
 
 // Asks for the lines of keys and values that lie ahead, one after the other. A block's work asks for a little more than
 // a block: what is asked for twice costs next to nothing.
@@ -176,38 +171,6 @@ void DotKeys(const AttentionJob& job, Ahead<Isa>* ahead) {
   for (; t < job.keys; ++t) DotRows<Isa, true>(job, job.q, job.rows, t, job.scores, nullptr);
 }
 
-// x = cap * tanh(x / cap).
-SPARAMX_INLINE void Softcap(float cap, Lanes* x) {
-  Lanes e = *x * (2.0f / cap);
-  Exp(&e);
-  *x = cap - cap * 2.0f / (e + 1.0f);
-}
-
-SPARAMX_INLINE float Largest(const Lanes& x) {
-  float m[16];
-  __builtin_memcpy(m, &x, sizeof m);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) m[i] = m[i] > m[i + width] ? m[i] : m[i + width];
-  return m[0];
-}
-
-SPARAMX_INLINE float Sum(const Lanes& x) {
-  float m[16];
-  __builtin_memcpy(m, &x, sizeof m);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) m[i] += m[i + width];
-  return m[0];
-}
-
-// exp, and exactly zero from where fp32 has no normal number left.
-SPARAMX_INLINE void ExpOrZero(Lanes* x) {
-  const Lanes v = *x;
-  Exp(x);
-  Lanes zero = {}, low;
-  Splat(-87.0f, &low);
-  *x = v < low ? zero : *x;
-}
-
 // scores = exp(scores - largest so far); the factor for what was summed before.
 template <class Isa>
 SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* ahead) {
@@ -215,30 +178,12 @@ SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* a
   const size_t vectors = (job.keys + kVecFloats - 1) / kVecFloats;
   Lanes x[kKeyBlock / kVecFloats];
   __builtin_memcpy(x, row, vectors * sizeof(Lanes));
-  if (job.softcap > 0.0f)
-    for (size_t n = 0; n < vectors; ++n) Softcap(job.softcap, &x[n]);
-  if (job.bias != nullptr || job.mask != nullptr) {
-    __builtin_memcpy(row, x, vectors * sizeof(Lanes));
-    for (size_t t = 0; t < job.keys; ++t) {
-      if (job.bias != nullptr) row[t] += job.bias[r][job.first_key + t];
-      if (job.mask != nullptr) row[t] += job.mask[r][job.first_key + t];
-    }
-    __builtin_memcpy(x, row, vectors * sizeof(Lanes));
-  }
-  const VisibleKeys seen = job.visible[r];
-  const size_t end = job.first_key + job.keys;
-  if (seen.first > job.first_key || seen.last < end || job.keys % kVecFloats != 0) {
-    __builtin_memcpy(row, x, vectors * sizeof(Lanes));
-    for (size_t t = 0; t < vectors * kVecFloats; ++t)
-      if (job.first_key + t < seen.first || job.first_key + t >= Smaller(seen.last, end)) row[t] = kMinusInfinity;
-    __builtin_memcpy(x, row, vectors * sizeof(Lanes));
-  }
+  FinishScores(job, r, x, vectors);
   Lanes top = x[0];
   for (size_t n = 1; n < vectors; ++n) top = x[n] > top ? x[n] : top;
-  const float before = job.max[r], block = Largest(top);
-  const float now = block > before ? block : before;
-  const float base = now == kMinusInfinity ? 0.0f : now;  // nothing seen yet: all of exp(-inf - 0) are zeros
-  Lanes shift, total = {}, factor;
+  float base;
+  const float factor = RaiseLargest(job, r, top, &base);
+  Lanes shift, total = {};
   Splat(base, &shift);
   for (size_t n = 0; n < vectors; ++n) {
     x[n] -= shift;
@@ -247,11 +192,8 @@ SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* a
     if (ahead != nullptr) ahead->template Ask<2>();
   }
   __builtin_memcpy(row, x, vectors * sizeof(Lanes));
-  Splat(before - base, &factor);
-  ExpOrZero(&factor);
-  job.max[r] = now;
-  job.denominator[r] = job.denominator[r] * factor[0] + Sum(total);
-  return factor[0];
+  job.denominator[r] = job.denominator[r] * factor + Sum(total);
+  return factor;
 }
 
 template <class Isa>

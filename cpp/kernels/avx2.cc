@@ -312,7 +312,7 @@ const Level kAvx2Level = {
     HalvesToFloats,
     FloatsToHalves,
     &kAvx2Attention,
-    nullptr,
+    &kAvx2PackedAttention,
 };
 
 }  // namespace sparamx

@@ -16,6 +16,7 @@
 // M > 4: 6 x 2 sums of 32 bits and as many of 16, 2 weight rows.
 #include "kernels/avx512_integer.h"
 #include "kernels/expand_bytes.h"
+#include "kernels/expand_words.h"
 #include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
@@ -55,48 +56,9 @@ struct Avx512Fp32 : Avx512Base {
   }
 };
 
-// places[mask]: a vpshufb control that moves packed words to where the mask has bits and puts zeros elsewhere.
-struct WordTable {
-  alignas(64) uint8_t places[256][16];
-};
-
-constexpr WordTable MakeWordTable() {
-  WordTable t = {};
-  for (int mask = 0; mask < 256; ++mask) {
-    int next = 0;
-    for (int i = 0; i < 8; ++i) {
-      const bool set = (mask >> i & 1) != 0;
-      t.places[mask][2 * i] = static_cast<uint8_t>(set ? 2 * next : 0x80);
-      t.places[mask][2 * i + 1] = static_cast<uint8_t>(set ? 2 * next + 1 : 0x80);
-      next += set;
-    }
-  }
-  return t;
-}
-
-constexpr WordTable kWordTable = MakeWordTable();
-
 struct Avx512Bf16 : Avx512Base {
   static constexpr int kSteps = 32;
   static constexpr size_t kPanelTileBytes = 32 * 64;
-
-  static SPARAMX_INLINE __m512i Lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
-    __m512i lanes = _mm512_castsi128_si512(LoadLane(a));
-    lanes = _mm512_inserti32x4(lanes, LoadLane(b), 1);
-    lanes = _mm512_inserti32x4(lanes, LoadLane(c), 2);
-    return _mm512_inserti32x4(lanes, LoadLane(d), 3);
-  }
-
-  // 32 bf16: a row, the two parts of a column side by side.
-  static SPARAMX_INLINE __m512i Pairs(const uint8_t* values, const uint8_t* masks) {
-    const uint32_t mask = LoadU32(masks);
-    const uint8_t* second = values + 2 * static_cast<size_t>(__builtin_popcount(mask & 0xff));
-    const uint8_t* third = values + 2 * static_cast<size_t>(__builtin_popcount(mask & 0xffff));
-    const uint8_t* fourth = values + 2 * static_cast<size_t>(__builtin_popcount(mask & 0xffffff));
-    const auto& places = kWordTable.places;
-    return _mm512_shuffle_epi8(Lanes(values, second, third, fourth),
-                               Lanes(places[masks[0]], places[masks[1]], places[masks[2]], places[masks[3]]));
-  }
 
   template <bool Sparse>
   static SPARAMX_INLINE const uint8_t* Expand(Cursor* cursor, uint8_t* out) {
@@ -106,7 +68,7 @@ struct Avx512Bf16 : Avx512Base {
 #pragma GCC unroll 16
     for (int row = 0; row < 16; ++row) {
       const uint8_t* masks = Sparse ? cursor->masks + 4 * row : nullptr;
-      const __m512i pairs = Sparse ? Pairs(values, masks) : _mm512_loadu_si512(values);
+      const __m512i pairs = Sparse ? ExpandByTable(values, masks) : _mm512_loadu_si512(values);
       _mm512_store_si512(out + row * 128, _mm512_slli_epi32(pairs, 16));
       _mm512_store_si512(out + row * 128 + 64, _mm512_and_si512(pairs, upper));
       Prefetch(values + kPrefetchBytes);
@@ -200,7 +162,7 @@ const Level kAvx512Level = {
     HalvesToFloats,
     FloatsToHalves,
     &kAvx512Attention,
-    nullptr,
+    &kAvx512PackedAttention,
 };
 
 }  // namespace sparamx

@@ -74,7 +74,7 @@ const Level kAvx512Vbmi2Level = {
     HalvesToFloats,
     FloatsToHalves,
     nullptr,
-    nullptr,
+    &kAvx512Vbmi2PackedAttention,
 };
 
 }  // namespace sparamx

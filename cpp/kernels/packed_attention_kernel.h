@@ -19,20 +19,30 @@ struct CacheTiles {
   size_t strips, tiles;  // 16 columns, and 32 rows, each
 };
 
-struct PackedAttentionJob {
-  AttentionJob rows;  // its keys and values are those of the block
+// Blocks that a kernel takes at a time.
+constexpr size_t kPackedBlocks = 8;
+
+struct PackedBlock {
   CacheTiles keys, values;
-  uint8_t* scratch;  // what `begin` left, and room for more
+  uint32_t first_key;
+  uint32_t count;  // keys, 1 to kKeyBlock; beyond them the block holds zeros
+};
+
+struct PackedAttentionJob {
+  AttentionJob rows;  // without keys and values
+  const PackedBlock* blocks;
+  size_t count;             // 1 to kPackedBlocks
+  const PackedBlock* next;  // may be asked for ahead of time; null: none
+  uint8_t* scratch;
 };
 
 struct PackedAttentionKernel {
   const char* path;
   // Bytes of a job's scratch, aligned to 64, for so many rows at most.
   size_t (*scratch_bytes)(size_t rows, size_t key_size, size_t value_size);
-  // Once for some rows, before their first block: looks at the queries alone.
-  void (*begin)(const PackedAttentionJob& job);
-  // One block. False: a bitmap does not have as many bits as it should.
-  bool (*attend)(const PackedAttentionJob& job);
+  // Takes the blocks in their order. Returns their count, or which one is the first whose bitmaps do not have as many
+  // bits as they should.
+  size_t (*attend)(const PackedAttentionJob& job);
 };
 
 extern const PackedAttentionKernel kScalarPackedAttention;

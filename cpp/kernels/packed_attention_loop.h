@@ -16,8 +16,10 @@ namespace sparamx {
 namespace {
 
 constexpr size_t kTileDepth = TileK(WeightType::kBf16);
+// What is asked for ahead of time: blocks stand one after the other, and their streams have no fixed stride.
+[[maybe_unused]] constexpr size_t kPackedAheadBytes = 2048;
 
-// out[tiles * 32][stride], of which each strip fills 16 columns. False: see PackedAttentionKernel::attend.
+// out[tiles * 32][stride], of which each strip fills 16 columns. False: the bitmap is damaged.
 template <class Isa, bool Sparse>
 bool ExpandTiles(const CacheTiles& from, float* out, size_t stride) {
   const uint8_t* masks = from.masks;
@@ -48,21 +50,23 @@ size_t ExpandedBytes(size_t, size_t key_size, size_t value_size) {
   return (KeyFloats(key_size) + kKeyBlock * RoundUp(value_size, kStripColumns)) * sizeof(float);
 }
 
-void BeginNothing(const PackedAttentionJob&) {}
-
 template <class Isa>
-bool AttendExpanded(const PackedAttentionJob& packed) {
+size_t AttendExpanded(const PackedAttentionJob& packed) {
   AttentionJob job = packed.rows;
   job.turned = reinterpret_cast<float*>(packed.scratch);
   float* const values = job.turned + KeyFloats(job.key_size);
-  job.v_stride = packed.values.strips * kStripColumns;
-  const bool whole =
-      ExpandMatrix<Isa>(packed.keys, job.turned, kKeyBlock) && ExpandMatrix<Isa>(packed.values, values, job.v_stride);
-  if (!whole) return false;
   job.k = nullptr;
   job.v = values;
-  Isa::kAttention->attend(job);
-  return true;
+  for (size_t i = 0; i < packed.count; ++i) {
+    const PackedBlock& block = packed.blocks[i];
+    job.v_stride = block.values.strips * kStripColumns;
+    if (!ExpandMatrix<Isa>(block.keys, job.turned, kKeyBlock) || !ExpandMatrix<Isa>(block.values, values, job.v_stride))
+      return i;
+    job.first_key = block.first_key;
+    job.keys = block.count;
+    Isa::kAttention->attend(job);
+  }
+  return packed.count;
 }
 
 }  // namespace

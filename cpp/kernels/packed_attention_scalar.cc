@@ -24,7 +24,6 @@ struct ScalarPacked {
 
 }  // namespace
 
-const PackedAttentionKernel kScalarPackedAttention = {"scalar", ExpandedBytes, BeginNothing,
-                                                      AttendExpanded<ScalarPacked>};
+const PackedAttentionKernel kScalarPackedAttention = {"scalar", ExpandedBytes, AttendExpanded<ScalarPacked>};
 
 }  // namespace sparamx

@@ -176,7 +176,7 @@ struct Attention::Task {
   CacheRow RowOf(size_t head) const;
   void PrepareRow(size_t entry, size_t kv_head, size_t first, size_t last, float* rotated) const;
   Status Damaged() const;
-  void AttendPacked(const AttentionJob& rows, uint8_t* memory, size_t head, size_t block) const;
+  void AttendPacked(AttentionJob rows, uint8_t* memory, size_t head, size_t first, size_t last) const;
   void Append(size_t entry, size_t kv_head, size_t first, size_t last) const;
   void AppendItem(size_t item) const;
   VisibleKeys Visible(const Lengths& lengths, size_t token) const;
@@ -324,13 +324,30 @@ void Attention::Task::PrepareRow(size_t entry, size_t kv_head, size_t first, siz
   }
 }
 
-void Attention::Task::AttendPacked(const AttentionJob& rows, uint8_t* memory, size_t head, size_t block) const {
-  PackedAttentionJob job = {rows, {}, {}, memory};
-  RowOf(head).Locate(block, &job.keys, &job.values);
-  if (attention->packed_kernel_->attend(job)) return;
-  const uint64_t place = head * CeilDiv(call.total, kCacheBlock) + block;
-  uint64_t first = damage->load();
-  while (place < first && !damage->compare_exchange_weak(first, place)) {
+// The visible blocks among the keys [first, last).
+void Attention::Task::AttendPacked(AttentionJob rows, uint8_t* memory, size_t head, size_t first, size_t last) const {
+  const CacheRow row = RowOf(head);
+  PackedBlock blocks[kPackedBlocks], next;
+  for (size_t t = first; t < last;) {
+    PackedAttentionJob job = {rows, blocks, 0, nullptr, memory};
+    for (; t < last && job.count < kPackedBlocks; t += kCacheBlock) {
+      PackedBlock& block = blocks[job.count++];
+      row.Locate(t / kCacheBlock, &block.keys, &block.values);
+      block.first_key = static_cast<uint32_t>(t);
+      block.count = static_cast<uint32_t>(std::min(last - t, kCacheBlock));
+    }
+    // The part behind this one is most often the same thread's next.
+    if (t / kCacheBlock < row.first_open()) {
+      row.Locate(t / kCacheBlock, &next.keys, &next.values);
+      job.next = &next;
+    }
+    const size_t done = attention->packed_kernel_->attend(job);
+    if (done == job.count) continue;
+    const uint64_t place = head * CeilDiv(call.total, kCacheBlock) + blocks[done].first_key / kCacheBlock;
+    uint64_t least = damage->load();
+    while (place < least && !damage->compare_exchange_weak(least, place)) {
+    }
+    return;
   }
 }
 
@@ -469,20 +486,18 @@ void Attention::Task::AttendItem(size_t item) const {
   job.sums = slot.sums;
   job.turned = slot.turned;
   job.scores = slot.scores;
-  if (packed) attention->packed_kernel_->begin({job, {}, {}, slot.packed});
-  for (size_t t = begin; t < end; t += kKeyBlock) {
+  if (packed) {
+    if (append) PrepareRow(entry, kv_head, begin, end, slot.key);
+    // The first block that some row sees, and the last.
+    AttendPacked(job, slot.packed, head, std::max(begin, first_seen / kCacheBlock * kCacheBlock),
+                 std::min(end, RoundUp(last_seen, kCacheBlock)));
+  }
+  for (size_t t = begin; t < end && !packed; t += kKeyBlock) {
     const size_t block_end = std::min(end, t + kKeyBlock);
-    if (append && packed)
-      PrepareRow(entry, kv_head, t, block_end, slot.key);
-    else if (append)
-      Append(entry, kv_head, t, block_end);
+    if (append) Append(entry, kv_head, t, block_end);
     if (block_end <= first_seen || t >= last_seen) continue;
     job.first_key = static_cast<uint32_t>(t);
     job.keys = std::min(block_end, last_seen) - t;
-    if (packed) {
-      AttendPacked(job, slot.packed, head, t / kCacheBlock);
-      continue;
-    }
     job.k = keys + t * job.k_stride;
     job.v = values + t * job.v_stride;
     attention->kernel_->attend(job);

@@ -227,12 +227,12 @@ def test_conversations_agree_with_the_reference(isa: str, monkeypatch: pytest.Mo
 
 PATHS = {
     "scalar": "scalar",
-    "avx2": "scalar",
-    "avx512": "scalar",
-    "avx512_vnni": "scalar",
-    "avx512_vbmi2": "scalar",
-    "avx512_bf16": "scalar",
-    "amx": "scalar",
+    "avx2": "avx2",
+    "avx512": "avx512",
+    "avx512_vnni": "avx512",
+    "avx512_vbmi2": "avx512_vbmi2",
+    "avx512_bf16": "avx512_vbmi2",
+    "amx": "amx",
 }
 
 

@@ -1,0 +1,90 @@
+// Scores of a row and some keys on their way to weights, one text for every level.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/attention_kernel.h"
+#include "kernels/lanes.h"
+
+namespace sparamx {
+namespace {
+
+constexpr size_t kVecFloats = 16;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+SPARAMX_INLINE size_t Smaller(size_t a, size_t b) {
+  return a < b ? a : b;
+}
+
+// x = cap * tanh(x / cap).
+SPARAMX_INLINE void Softcap(float cap, Lanes* x) {
+  Lanes e = *x * (2.0f / cap);
+  Exp(&e);
+  *x = cap - cap * 2.0f / (e + 1.0f);
+}
+
+SPARAMX_INLINE float Largest(const Lanes& x) {
+  float m[16];
+  __builtin_memcpy(m, &x, sizeof m);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) m[i] = m[i] > m[i + width] ? m[i] : m[i + width];
+  return m[0];
+}
+
+SPARAMX_INLINE float Sum(const Lanes& x) {
+  float m[16];
+  __builtin_memcpy(m, &x, sizeof m);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) m[i] += m[i + width];
+  return m[0];
+}
+
+// exp, and exactly zero from where fp32 has no normal number left.
+SPARAMX_INLINE void ExpOrZero(Lanes* x) {
+  const Lanes v = *x;
+  Exp(x);
+  Lanes zero = {}, low;
+  Splat(-87.0f, &low);
+  *x = v < low ? zero : *x;
+}
+
+// Softcap, biases, and minus infinity for keys that the row does not see or that are not there.
+SPARAMX_INLINE void FinishScores(const AttentionJob& job, size_t r, Lanes (&x)[kKeyBlock / kVecFloats],
+                                 size_t vectors) {
+  float row[kKeyBlock];
+  if (job.softcap > 0.0f)
+    for (size_t n = 0; n < vectors; ++n) Softcap(job.softcap, &x[n]);
+  if (job.bias != nullptr || job.mask != nullptr) {
+    __builtin_memcpy(row, x, vectors * sizeof(Lanes));
+    for (size_t t = 0; t < job.keys; ++t) {
+      if (job.bias != nullptr) row[t] += job.bias[r][job.first_key + t];
+      if (job.mask != nullptr) row[t] += job.mask[r][job.first_key + t];
+    }
+    __builtin_memcpy(x, row, vectors * sizeof(Lanes));
+  }
+  const VisibleKeys seen = job.visible[r];
+  const size_t end = job.first_key + job.keys;
+  if (seen.first > job.first_key || seen.last < end || job.keys != vectors * kVecFloats) {
+    __builtin_memcpy(row, x, vectors * sizeof(Lanes));
+    for (size_t t = 0; t < vectors * kVecFloats; ++t)
+      if (job.first_key + t < seen.first || job.first_key + t >= Smaller(seen.last, end)) row[t] = kMinusInfinity;
+    __builtin_memcpy(x, row, vectors * sizeof(Lanes));
+  }
+}
+
+// Takes new scores into the row's largest one. Weights are exp(score - base); returns the factor for what was summed
+// before.
+SPARAMX_INLINE float RaiseLargest(const AttentionJob& job, size_t r, const Lanes& scores, float* base) {
+  const float before = job.max[r], block = Largest(scores);
+  const float now = block > before ? block : before;
+  *base = now == kMinusInfinity ? 0.0f : now;  // nothing seen yet: all of exp(-inf - 0) are zeros
+  Lanes factor;
+  Splat(before - *base, &factor);
+  ExpOrZero(&factor);
+  job.max[r] = now;
+  return factor[0];
+}
+
+}  // namespace
+}  // namespace sparamx
