@@ -54,6 +54,7 @@ SPARAMX_INLINE void Prefetch(const uint8_t* p) {
 
 struct Avx2Base : Avx2Lanes {
   static constexpr size_t kDirectRows = 4;
+  static constexpr size_t kRowsOfTwoStrips = 0;
   static constexpr size_t kBlockRows = 6;
   static constexpr size_t kBlockStrips = 1;
   static constexpr int kStepBytes = 4;
@@ -147,6 +148,7 @@ struct Avx2Integer : Avx2Base {
   };
   using Weight = Pair;
   static constexpr size_t kDirectRows = 2;
+  static constexpr size_t kRowsOfTwoStrips = 0;
   static constexpr size_t kBlockRows = 4;
 
   static SPARAMX_INLINE Weight Weights(const uint8_t* tile, int row) {

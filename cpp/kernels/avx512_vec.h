@@ -24,6 +24,7 @@ struct Avx512Lanes {
 // What matrix products add to it.
 struct Avx512Base : Avx512Lanes {
   static constexpr size_t kDirectRows = 8;
+  static constexpr size_t kRowsOfTwoStrips = 8;
   static constexpr size_t kBlockRows = 12;
   static constexpr size_t kBlockStrips = 2;
   static constexpr int kStepBytes = 4;

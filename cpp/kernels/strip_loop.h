@@ -3,6 +3,7 @@
 //   Vec                         16 sums (one strip column each)
 //   kPanelTileBytes             an expanded tile
 //   kDirectRows                 largest M whose sums stay in registers over all of K
+//   kRowsOfTwoStrips            largest M for which this holds for two strips at once; 0: for none
 //   kBlockRows, kBlockStrips    register block for larger M
 //   kSteps                      rows of an expanded tile; each multiplies one broadcast from x
 //   kStepBytes                  bytes of x that one step broadcasts
@@ -12,10 +13,10 @@
 //   Multiply(sum, w, x)         sum + w * broadcast(*x)
 //
 // Two ways through a job:
-//   direct   M <= kDirectRows: a tile is expanded into L1 and multiplied at once; the core overlaps both.
+//   direct   M <= kDirectRows: a tile is expanded into L1 and multiplied at once; the core overlaps both. Two strips
+//            take turns where registers allow it: two streams read a quarter faster than one (fp32, M = 1).
 //   panel    otherwise: a run of K of kBlockStrips strips is expanded, then used by every row of the job; meanwhile
-//   what
-//            the next panel is expanded from comes into the L2.
+//            what the next panel is expanded from comes into the L2.
 // The order of summation depends on the shape only.
 #pragma once
 
@@ -66,38 +67,53 @@ SPARAMX_INLINE void FinishStrips(const MatMulJob& job, size_t strip, size_t stri
   FinishRows(job.y + n0, job.y_stride, job.rows, columns, job.bias ? job.bias + n0 : nullptr, job.epilogue);
 }
 
-template <class Isa, bool Sparse, int Rows>
-void DirectRows(const MatMulJob& job) {
+// Strips at once are as many streams from memory: while one waits at the end of a page, the other goes on.
+template <class Isa, bool Sparse, int Rows, int Strips>
+void DirectStrips(const MatMulJob& job, size_t strip) {
   // One row alone would wait for its own last sum at every step: it takes turns among several.
   constexpr int kChains = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;
   const PackedView& w = *job.weights;
   const size_t tiles_per_run = TilesPerRun(w.type);
   const size_t first = job.first_run * tiles_per_run, last = Min(job.last_run * tiles_per_run, w.tiles);
-  alignas(64) uint8_t buffer[Isa::kPanelTileBytes];
-  for (size_t strip = job.first_strip; strip < job.last_strip; ++strip) {
-    typename Isa::Vec sums[Rows][kChains];
+  alignas(64) uint8_t buffers[Strips][Isa::kPanelTileBytes];
+  typename Isa::Vec sums[Strips][Rows][kChains];
+  Cursor cursors[Strips];
+  for (int s = 0; s < Strips; ++s) {
+    cursors[s] = StartOf(w, strip + s, job.first_run);
     for (int m = 0; m < Rows; ++m)
-      for (int c = 0; c < kChains; ++c) sums[m][c] = Isa::Zero();
-    Cursor cursor = StartOf(w, strip, job.first_run);
-    const uint8_t* x = static_cast<const uint8_t*>(job.x) + first * Isa::kSteps * Isa::kStepBytes;
-    for (size_t tile = first; tile < last; ++tile) {
-      const uint8_t* panel = Isa::template Expand<Sparse>(&cursor, buffer);
+      for (int c = 0; c < kChains; ++c) sums[s][m][c] = Isa::Zero();
+  }
+  const uint8_t* x = static_cast<const uint8_t*>(job.x) + first * Isa::kSteps * Isa::kStepBytes;
+  for (size_t tile = first; tile < last; ++tile) {
+#pragma GCC unroll 2
+    for (int s = 0; s < Strips; ++s) {
+      const uint8_t* panel = Isa::template Expand<Sparse>(&cursors[s], buffers[s]);
 #pragma GCC unroll 32
       for (int step = 0; step < Isa::kSteps; ++step) {
         const typename Isa::Vec weights = Isa::Weights(panel, step);
 #pragma GCC unroll 32
         for (int m = 0; m < Rows; ++m)
-          sums[m][step % kChains] =
-              Isa::Multiply(sums[m][step % kChains], weights, x + m * job.x_row_bytes + step * Isa::kStepBytes);
+          sums[s][m][step % kChains] =
+              Isa::Multiply(sums[s][m][step % kChains], weights, x + m * job.x_row_bytes + step * Isa::kStepBytes);
       }
-      x += Isa::kSteps * Isa::kStepBytes;
     }
-    for (int m = 0; m < Rows; ++m) {
-      for (int c = 1; c < kChains; ++c) sums[m][0] = Isa::Add(sums[m][0], sums[m][c]);
-      Isa::Store(job.y + m * job.y_stride + strip * kStripColumns, ColumnsOf(w, strip), sums[m][0]);
-    }
-    FinishStrips(job, strip, 1);
+    x += Isa::kSteps * Isa::kStepBytes;
   }
+  for (int s = 0; s < Strips; ++s) {
+    for (int m = 0; m < Rows; ++m) {
+      for (int c = 1; c < kChains; ++c) sums[s][m][0] = Isa::Add(sums[s][m][0], sums[s][m][c]);
+      Isa::Store(job.y + m * job.y_stride + (strip + s) * kStripColumns, ColumnsOf(w, strip + s), sums[s][m][0]);
+    }
+  }
+  FinishStrips(job, strip, Strips);
+}
+
+template <class Isa, bool Sparse, int Rows>
+void DirectRows(const MatMulJob& job) {
+  size_t strip = job.first_strip;
+  if constexpr (Rows <= Isa::kRowsOfTwoStrips)
+    for (; strip + 2 <= job.last_strip; strip += 2) DirectStrips<Isa, Sparse, Rows, 2>(job, strip);
+  for (; strip < job.last_strip; ++strip) DirectStrips<Isa, Sparse, Rows, 1>(job, strip);
 }
 
 template <class Isa, bool Sparse, int Rows>
