@@ -6,6 +6,7 @@ Copyright Python Software Foundation, PSF License Version 2 (checkpoint/LICENSE-
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -50,3 +51,8 @@ def read(folder: Path) -> Corpus:
     held_out = texts[_HELD_OUT_STRIDE // 2 :: _HELD_OUT_STRIDE]
     training = [text for index, text in enumerate(texts) if index % _HELD_OUT_STRIDE != _HELD_OUT_STRIDE // 2]
     return Corpus(training, held_out)
+
+
+def without_addresses(text: str) -> str:
+    """Links keep their words and lose their targets."""
+    return re.sub(r"\s*<https?://[^>]*>", "", text)
