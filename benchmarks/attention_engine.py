@@ -12,16 +12,14 @@ The parent (see rotation.py), whose process id is the only argument, sends one J
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from engine import die_with_parent
+import worker
 from onnx import TensorProto, helper
 
 import sparamx_onnx
@@ -107,16 +105,8 @@ class Caches:
         return max(0, status("VmHWM") - before)
 
 
-def main() -> None:
-    die_with_parent(int(sys.argv[1]))
-    # Whatever libraries print must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def answer(message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
-
-    job = json.loads(sys.stdin.readline())
+def start(job: Any) -> Callable[[Any], Any]:
+    """Opens the operator's session; what answers requests."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job["threads"]
     if job["model"] == "SparseAMXAttention":
@@ -125,22 +115,22 @@ def main() -> None:
         model(job["model"], job["heads"], job["kv_heads"]), options, providers=["CPUExecutionProvider"]
     )
     caches: Caches | None = None
-    answer({"ready": True})
-    for line in sys.stdin:
-        request = json.loads(line)
+
+    def respond(request: Any) -> Any:
+        nonlocal caches
         if "tokens" in request:
             caches = None  # frees the last ones first
             caches = Caches(job, session, request["tokens"], request["past"])
-            answer({"peak": caches.peak()})
-            continue
+            return {"peak": caches.peak()}
         assert caches is not None
         if "run" in request:
             caches.run(job["layers"])
-            answer(caches.run(request["run"]))
-        else:
-            np.save(request["output"], caches.output.numpy())
-            answer({"written": request["output"]})
+            return caches.run(request["run"])
+        np.save(request["output"], caches.output.numpy())
+        return {"written": request["output"]}
+
+    return respond
 
 
 if __name__ == "__main__":
-    main()
+    worker.serve(start)

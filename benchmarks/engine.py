@@ -16,23 +16,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import mmap
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import worker
 from numpy.typing import NDArray
 
 Run = Callable[[], Any]
 Matrix = NDArray[np.float32]
 
-_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.02
 _IDLE_SHARE = 0.05
 _LONGEST_WAIT_SECONDS = 5.0
@@ -138,23 +135,8 @@ def _wait_until_idle() -> None:
     raise RuntimeError("the threads of the session do not come to rest, so a streaming read cannot be timed")
 
 
-def die_with_parent(parent: int) -> None:
-    """Asks the kernel to end this process with its parent, which reaches it even while it is stopped."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the kernel was asked
-        os._exit(1)
-
-
-def main() -> None:
-    die_with_parent(int(sys.argv[1]))
-    # Whatever libraries print must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def answer(message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
-
-    job = json.loads(sys.stdin.readline())
+def start(job: Any) -> Callable[[Any], Any]:
+    """Opens the engine; what answers requests."""
     engine = _open(job["engine"], job["model"], job["threads"])
     stream = _Stream(**job["stream"], threads=job["threads"]) if job["stream"] else None
     prepared: dict[int, Run] = {}
@@ -171,21 +153,20 @@ def main() -> None:
         run()
         return time.perf_counter() - start
 
-    answer({"ready": True})
-    for line in sys.stdin:
-        request = json.loads(line)
+    def respond(request: Any) -> Any:
         if "run" in request:
             run = runner(request["m"])
             run()
-            answer([timed(run) for _ in range(request["run"])])
-        elif "stream" in request:
+            return [timed(run) for _ in range(request["run"])]
+        if "stream" in request:
             assert stream is not None
             _wait_until_idle()
-            answer([stream.read(request["loop"]) for _ in range(request["stream"] + 1)][1:])
-        else:
-            np.save(request["output"], runner(request["m"])())
-            answer({"written": request["output"]})
+            return [stream.read(request["loop"]) for _ in range(request["stream"] + 1)][1:]
+        np.save(request["output"], runner(request["m"])())
+        return {"written": request["output"]}
+
+    return respond
 
 
 if __name__ == "__main__":
-    main()
+    worker.serve(start)

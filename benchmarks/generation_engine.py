@@ -12,15 +12,12 @@ This file imports nothing of sparamx_onnx where llama.cpp runs, whose Python nee
 from __future__ import annotations
 
 import functools
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from engine import die_with_parent
+import worker
 
 SMALLEST_VOCABULARY = 1000
 
@@ -87,29 +84,21 @@ def timed(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    die_with_parent(int(sys.argv[1]))
-    # Whatever libraries print must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def answer(message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
-
-    job = json.loads(sys.stdin.readline())
+def start(job: Any) -> Callable[[Any], Any]:
+    """Opens the decoder; what answers requests."""
     decoder: Decoder = LlamaCpp(job) if job["engine"] == "llama.cpp" else Sparamx(job)
     rng = np.random.default_rng(0)
-    answer({"ready": True})
-    for line in sys.stdin:
-        request = json.loads(line)
+
+    def respond(request: Any) -> Any:
         if "prompt" in request:
             prompt = rng.integers(0, SMALLEST_VOCABULARY, request["prompt"]).tolist()
-            answer([timed(functools.partial(decoder.read, prompt))])
-        else:
-            decoder.go_to(request["context"])
-            decoder.step(5)
-            answer([timed(functools.partial(decoder.step, 7)) for _ in range(request["runs"])])
+            return [timed(functools.partial(decoder.read, prompt))]
+        decoder.go_to(request["context"])
+        decoder.step(5)
+        return [timed(functools.partial(decoder.step, 7)) for _ in range(request["runs"])]
+
+    return respond
 
 
 if __name__ == "__main__":
-    main()
+    worker.serve(start)

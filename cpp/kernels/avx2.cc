@@ -11,6 +11,7 @@
 // rows. Registers: a strip is two ymm. M <= 4: 8 sums (4 chains at M = 1). Above: 6 rows x 1 strip = 12 sums, 2
 // weights, 1 broadcast.
 #include "kernels/avx2_vec.h"
+#include "kernels/expand_words.h"
 #include "kernels/half.h"
 #include "kernels/pack_rows.h"
 #include "kernels/quantized_loop.h"
@@ -21,8 +22,7 @@ namespace {
 
 // lane[mask][i]: which packed element goes to position i, or a byte with the top bit set where the mask has no bit.
 struct ShuffleTables {
-  alignas(64) int8_t lane[256][8];    // for 32-bit elements, widened at use
-  alignas(64) uint8_t word[256][16];  // for 16-bit elements, as pshufb takes it
+  alignas(64) int8_t lane[256][8];  // for 32-bit elements, widened at use
   // For 16 bytes: the sum of a row for their first mask byte and one for the second. `first` holds in its upper half
   // how many bytes the lower half takes up.
   alignas(64) uint8_t first[256][16], second[256][16];
@@ -35,8 +35,6 @@ constexpr ShuffleTables MakeTables() {
     for (int i = 0; i < 8; ++i) {
       const bool set = (mask >> i & 1) != 0;
       t.lane[mask][i] = static_cast<int8_t>(set ? next : -128);
-      t.word[mask][2 * i] = static_cast<uint8_t>(set ? 2 * next : 0x80);
-      t.word[mask][2 * i + 1] = static_cast<uint8_t>(set ? 2 * next + 1 : 0x80);
       t.first[mask][i] = t.second[mask][8 + i] = static_cast<uint8_t>(set ? next : 0x80);
       next += set;
     }
@@ -114,7 +112,7 @@ struct Avx2Bf16 : Avx2Base {
       return packed;
     }
     *values += 2 * static_cast<size_t>(__builtin_popcount(mask));
-    return _mm_shuffle_epi8(packed, _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.word[mask])));
+    return _mm_shuffle_epi8(packed, _mm_load_si128(reinterpret_cast<const __m128i*>(kWordTable.places[mask])));
   }
 
   template <bool Sparse>

@@ -18,21 +18,12 @@
 #include "format/number.h"
 #include "runtime/choice.h"
 #include "runtime/cpu.h"
+#include "tested_levels.h"
 
 #pragma weak amx_emulator_is_configured  // null where the emulator is not part of the program
 
 namespace sparamx {
 namespace {
-
-// The levels of this CPU, or the one that SPARAMX_TEST_LEVEL names, if the CPU has it.
-std::vector<const Level*> TestedLevels() {
-  const char* only = std::getenv("SPARAMX_TEST_LEVEL");
-  std::vector<const Level*> levels;
-  for (const Level* level : Levels())
-    if (MissingFeatures(level->features).empty() && (only == nullptr || std::strcmp(only, level->name) == 0))
-      levels.push_back(level);
-  return levels;
-}
 
 struct Case {
   uint64_t rows, k, n;

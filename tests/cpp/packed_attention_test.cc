@@ -16,19 +16,10 @@
 #include "format/packed_cache.h"
 #include "runtime/attention.h"
 #include "runtime/cpu.h"
+#include "tested_levels.h"
 
 namespace sparamx {
 namespace {
-
-// The levels of this CPU, or the one that SPARAMX_TEST_LEVEL names, if the CPU has it.
-std::vector<const Level*> TestedLevels() {
-  const char* only = std::getenv("SPARAMX_TEST_LEVEL");
-  std::vector<const Level*> levels;
-  for (const Level* level : Levels())
-    if (MissingFeatures(level->features).empty() && (only == nullptr || std::strcmp(only, level->name) == 0))
-      levels.push_back(level);
-  return levels;
-}
 
 struct Setting {
   size_t heads, kv_heads, key_size, value_size;
