@@ -1,5 +1,6 @@
 """The C++ examples do what they say."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -38,15 +39,35 @@ def converted(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the C++ examples, linked with the ONNX Runtime of this Python."""
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `cmake --install` makes of a build; the library in it is the tested one, not one that is compiled anew."""
+    build, prefix = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("prefix")
+    subprocess.run(["cmake", "-S", ROOT, "-B", build, f"-DSPARAMX_ORT_DOWNLOAD_DIR={HEADERS}"], check=True)
+    shutil.copy(sparamx_onnx.get_library_path(), build)
+    subprocess.run(["cmake", "--install", build, "--prefix", prefix], check=True)
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def library(installed: Path) -> Path:
+    return installed / "lib" / "libsparamx_onnx.so"
+
+
+@pytest.fixture(scope="module")
+def examples(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the C++ examples, built outside of this checkout, linked with the ONNX Runtime of this Python."""
     build = tmp_path_factory.mktemp("cpp")
-    (library,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")
+    shutil.copytree(installed / "share" / "doc" / "sparamx_onnx" / "examples" / "cpp", build / "source")
+    (runtime,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")
     # The Python package has no name for the linker.
     for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (build / name).symlink_to(library)
-    options = [f"-DONNXRUNTIME_LIBRARY={build / 'libonnxruntime.so'}", f"-DSPARAMX_ORT_DOWNLOAD_DIR={HEADERS}"]
-    subprocess.run(["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, *options], check=True)
+        (build / name).symlink_to(runtime)
+    options = [
+        f"-DCMAKE_PREFIX_PATH={installed}",
+        f"-DONNXRUNTIME_LIBRARY={build / 'libonnxruntime.so'}",
+        f"-DSPARAMX_ORT_DOWNLOAD_DIR={HEADERS}",
+    ]
+    subprocess.run(["cmake", "-S", build / "source", "-B", build, *options], check=True)
     subprocess.run(["cmake", "--build", build], check=True)
     return build
 
@@ -56,8 +77,8 @@ def run(examples: Path, name: str, *arguments: str | Path) -> subprocess.Complet
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
 
-def test_run_model_gets_what_python_gets(examples: Path, converted: Path) -> None:
-    done = run(examples, "run_model", converted, sparamx_onnx.get_library_path())
+def test_run_model_gets_what_python_gets(examples: Path, library: Path, converted: Path) -> None:
+    done = run(examples, "run_model", converted, library)
     assert done.returncode == 0, done.stderr
     expected = sparamx_onnx.InferenceSession(converted).run(None, {"x": np.full((4, 96), 0.5, np.float32)})[0]
     name, _, rest = done.stdout.partition(" [ 4 40 ] sum ")
@@ -71,11 +92,11 @@ def test_run_model_passes_on_what_goes_wrong(examples: Path, converted: Path) ->
     assert done.stderr.startswith("run_model: ")
 
 
-def test_generate_continues_a_text_as_python_does(examples: Path, tmp_path: Path) -> None:
+def test_generate_continues_a_text_as_python_does(examples: Path, library: Path, tmp_path: Path) -> None:
     llama.export(tmp_path / "llama.onnx", TINY)
     model = Path(sparamx_onnx.convert(tmp_path / "llama.onnx", weights="bf16").output or "")
     prompt, count = [5, 9, 77, 30], 24
-    done = run(examples, "generate", model, sparamx_onnx.get_library_path(), str(count), *map(str, prompt))
+    done = run(examples, "generate", model, library, str(count), *map(str, prompt))
     assert done.returncode == 0, done.stderr
     tokens = [int(token) for token in done.stdout.split()]
     assert tokens == greedy(model, prompt, count)
@@ -99,8 +120,8 @@ def greedy(model: Path, prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
-def test_generate_says_what_it_cannot_run(examples: Path, converted: Path) -> None:
-    done = run(examples, "generate", converted, sparamx_onnx.get_library_path(), "3", "1")
+def test_generate_says_what_it_cannot_run(examples: Path, library: Path, converted: Path) -> None:
+    done = run(examples, "generate", converted, library, "3", "1")
     assert done.returncode == 1
     assert done.stderr == "generate: the model has an input that this program does not know: x\n"
     assert run(examples, "generate", converted).returncode == 2
