@@ -15,7 +15,7 @@ from sparamx_onnx.ops.errors import SparamxError
 def register(session_options: onnxruntime.SessionOptions) -> None:
     """Makes the sparse operators known to every session that is created from these options.
 
-    Calling it again with the same object does nothing (ONNX Runtime itself refuses a second registration).
+    Calling it again with the same object does nothing.
 
     Args:
         session_options: The ``onnxruntime.SessionOptions`` to register in.

@@ -30,8 +30,8 @@ ROOMS = {
     "graph_passes": "sparamx_onnx/graph_passes",
     "models": "sparamx_onnx/models",
 }
-# With SPARAMX_TEST_FULL the wheel has the library, compiled anew, and is tried in fresh environments, which have only its
-# dependencies; otherwise it is tried in this one, without what the extras bring.
+# With SPARAMX_TEST_FULL the wheel has the library, compiled anew, and is tried in fresh environments, which have its
+# dependencies only; otherwise it is tried in this one, without what the extras bring.
 FULL = bool(os.environ.get("SPARAMX_TEST_FULL"))
 ENVIRONMENTS = ["newest", "onnxruntime==1.21.1"] if FULL else ["this"]
 LARGEST_WHEEL = 2_000_000 if FULL else 400_000

@@ -63,8 +63,9 @@ def test_objects_that_come_and_go(serialized: bytes, expected: np.ndarray) -> No
         del options
 
 
-def test_registering_after_somebody_did_it_by_hand(serialized: bytes, expected: np.ndarray) -> None:
+def test_registering_after_somebody_did_it_by_hand_twice(serialized: bytes, expected: np.ndarray) -> None:
     options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(sparamx_onnx.get_library_path())
     options.register_custom_ops_library(sparamx_onnx.get_library_path())
     sparamx_onnx.register(options)
     _check(onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"]), expected)
