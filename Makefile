@@ -17,7 +17,7 @@ CPP_TESTS := $(shell find tests/cpp tests/amx_emulator -type f)
 FORMATTED := $(shell find cpp tests/cpp tests/amx_emulator examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 .DELETE_ON_ERROR:
-.PHONY: build demo tinylm test test-all test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest lint format bench wheel clean distclean
+.PHONY: build demo quality tinylm test test-all test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest lint format bench wheel clean distclean
 
 build: $(VENV)/.installed
 
@@ -36,7 +36,14 @@ bench: build
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/memory.py
 
-# Trains the decoder of models/tinylm/checkpoint anew, about 15 minutes on two cores; SPARAMX_TINYLM=build/tinylm uses it.
+# What pruning does to models, about an hour; goes on from what benchmarks/measured/decoder_quality.json has. Then tables and
+# charts of docs/ from everything in benchmarks/measured/.
+quality: build
+	$(BIN)/python benchmarks/quality.py --json benchmarks/measured/quality.json
+	$(BIN)/python benchmarks/decoder_quality.py --json benchmarks/measured/decoder_quality.json
+	$(BIN)/python benchmarks/page.py
+
+# Trains the decoder of models/tinylm/checkpoint anew, about 15 minutes of one core; SPARAMX_TINYLM=build/tinylm uses it.
 tinylm: build/tinylm/training.json
 
 wheel: build/wheel/.built

@@ -2,14 +2,13 @@
 """What pruned weights and pruned caches do to a decoder with trained weights: held-out perplexity, logits, attention.
 
 The decoder is tinylm; the texts to judge by and to calibrate with are documents of Python's, none of them in both.
-Every model is made by `sparamx_onnx.convert`. Perplexities are of all tokens of 16 windows of 1024 for weights, and of
-the last quarter of 256 to 2048 tokens for caches.
+Every model is made by `sparamx_onnx.convert`. Perplexities of weights are of all tokens of the windows; figures of
+caches are of the last quarter of the first 256 to 2048 tokens. With --json, what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-import plots
+from documents import Cells
 from onnx import TensorProto, helper
 
 import sparamx_onnx
@@ -30,14 +29,14 @@ from sparamx_onnx.models import tinylm
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 METHODS = ("magnitude", "wanda", "sparsegpt")
 WEIGHT_TYPES = ("bf16", "int8", "int4")
-WINDOW = 1024
-LENGTHS = (256, 512, 1024, 2048)
-CACHE_SPARSITIES = (0.3, 0.5, 0.6, 0.7)
+PATTERN = "2:4"
 # Kept whole: the first and the last tokens.
 GUARDED = {"sink": 64, "recent": 64}
 # As many tokens as a block of a packed cache: the cache is then pruned after a call as it would be token after token.
 STEP = 64
-ROWS = 8
+CALIBRATION_BATCH = 8
+# What makes a result another one.
+KEYS = ("part", "weights", "method", "sparsity", "pattern", "k_sparsity", "v_sparsity", "sink", "recent")
 
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
@@ -46,68 +45,49 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--parts", nargs="+", choices=["weights", "caches", "attention"], default=["weights", "caches", "attention"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=MEASURED, default=[*MEASURED])
+    parser.add_argument("--weights", nargs="+", choices=WEIGHT_TYPES, default=WEIGHT_TYPES)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES, help="of weights")
+    parser.add_argument("--cache-sparsities", nargs="+", type=float, default=SPARSITIES, help="of keys and values")
+    parser.add_argument("--windows", type=int, default=16, help="texts to judge weights by")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of each")
+    parser.add_argument("--calibration", type=int, default=32, help="texts of 512 tokens to prune with")
+    parser.add_argument("--rows", type=int, default=8, help="texts to judge caches by, as long as the longest length")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--json", type=Path, metavar="OUT.json")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where to write charts of weights and caches")
     arguments = parser.parse_args()
     about = machine.describe()
     print(machine.headline(about))
-    document: dict[str, Any] = {"machine": about, "training": tinylm.training()}
-    start = time.perf_counter()
+    cells = Cells(arguments.json, about, KEYS)
+    remember_texts(cells, arguments)
+    todo = {
+        part: [case for case in MEASURED[part][0](arguments) if not cells.has({"part": part, **case})]
+        for part in arguments.parts
+    }
+    if not any(todo.values()):
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dense = tinylm.export(folder / "dense")
-        if "weights" in arguments.parts:
-            document["weights"] = list(weights(dense, folder))
-        if "caches" in arguments.parts:
-            document["caches"] = list(caches(dense, folder))
-        if "attention" in arguments.parts:
-            document["attention"] = list(attention(dense, folder))
-    document["seconds"] = time.perf_counter() - start
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    if arguments.plots:
-        arguments.plots.mkdir(parents=True, exist_ok=True)
-        for name, chart in charts(document).items():
-            (arguments.plots / f"{name}.svg").write_text(chart.svg())
+        for part, cases in todo.items():
+            if cases:
+                for row in MEASURED[part][1](dense, folder, arguments, cases):
+                    cells.add({"part": part, **row})
+                    cells.save()
 
 
-def charts(document: Mapping[str, Any]) -> dict[str, plots.Chart]:
-    """Perplexity against zeros, of the parts that were measured."""
-    found = {}
-    if "weights" in document:
-        dense = next(row["perplexity"] for row in document["weights"] if row["method"] == "dense")
-        chart = plots.Chart(
-            "Held-out perplexity of tinylm, bf16 weights",
-            plots.Axis("zeros in every pruned layer", 0.3, 0.7, SPARSITIES, label="{:.0%}".format),
-            plots.Axis("perplexity", 20, 80, (20, 30, 40, 60, 80), logarithmic=True),
-        )
-        for method, colour in zip(METHODS, plots.COLOURS, strict=False):
-            rows = [row for row in document["weights"] if row["method"] == method and row["weights"] == "bf16"]
-            points = [(row["sparsity"], row["perplexity"]) for row in rows if "sparsity" in row]
-            chart.line(method, points, colour)
-        chart.rule(dense, "dense, fp32")
-        found["decoder_weights"] = chart
-    if "caches" in document:
-        length = str(max(LENGTHS))
-        by_sparsity = {
-            (row["k_sparsity"], row["v_sparsity"]): row for row in document["caches"] if row.get("recent") == 0
-        }
-        chart = plots.Chart(
-            f"Perplexity after {length} tokens with a packed cache",
-            plots.Axis("pruned", 0.3, 0.7, CACHE_SPARSITIES, label="{:.0%}".format),
-            plots.Axis("perplexity", 26, 30, (26, 27, 28, 29, 30)),
-        )
-        kinds = {"keys": (1, 0), "values": (0, 1), "both": (1, 1)}
-        for (name, (k, v)), colour in zip(kinds.items(), plots.COLOURS, strict=False):
-            line = [(s, by_sparsity[k * s, v * s]["perplexity"][length]) for s in CACHE_SPARSITIES]
-            chart.line(name, line, colour)
-        chart.rule(document["caches"][0]["perplexity"][length], "fp32 cache")
-        found["decoder_caches"] = chart
-    return found
+def remember_texts(cells: Cells, arguments: argparse.Namespace) -> None:
+    """What all results of a document have in common: a run with other texts must not add to it."""
+    common = {
+        "part": "texts",
+        "training": tinylm.training(),
+        "held_out_tokens": len(tinylm.held_out()),
+        **{name: getattr(arguments, name) for name in ("windows", "window", "calibration", "rows", "lengths")},
+    }
+    if cells.has(common) and common not in cells:
+        raise SystemExit(f"{arguments.json} was measured with other texts or another tinylm; name another file")
+    cells.add(common)
 
 
 def windows(count: int, length: int) -> Tokens:
@@ -133,30 +113,36 @@ def convert(dense: Path, folder: Path, **options: Any) -> tuple[Path, sparamx_on
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
-def weights(dense: Path, folder: Path) -> Iterator[Row]:
-    """Held-out perplexity and bytes of every way to convert the weights."""
+def weight_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The dense model, packed ones as they are, and pruned ones."""
+    yield {"weights": "fp32", "method": "dense"}
+    for kind in arguments.weights:
+        yield {"weights": kind, "method": "keep"}
+        for method in arguments.methods:
+            for sparsity in arguments.sparsities:
+                yield {"weights": kind, "method": method, "sparsity": sparsity}
+            yield {"weights": kind, "method": method, "pattern": PATTERN}
+
+
+def weights(dense: Path, folder: Path, arguments: argparse.Namespace, cases: Sequence[Row]) -> Iterator[Row]:
+    """Held-out perplexity and bytes of every way to convert the weights, and the CPU time that the conversion took."""
     inputs = folder / "calibration"
-    write_calibration(inputs)
-    text = windows(16, WINDOW)
-    print(f"{'method':<12}{'weights':<9}{'zeros':>8}{'perplexity':>12}{'MB':>7}{'seconds':>9}")
-    cases: list[Row] = [{"weights": "fp32", "method": "dense"}]
-    cases += [{"weights": kind, "method": "keep"} for kind in WEIGHT_TYPES]
-    for method in METHODS:
-        cases += [{"weights": "bf16", "method": method, "sparsity": sparsity} for sparsity in SPARSITIES]
-        cases.append({"weights": "bf16", "method": method, "pattern": "2:4"})
-    cases += [{"weights": kind, "method": "sparsegpt", "sparsity": 0.5} for kind in ("int8", "int4")]
+    write_calibration(inputs, arguments.calibration)
+    text = windows(arguments.windows, arguments.window)
+    print(f"{'weights':<9}{'method':<12}{'zeros':>8}{'perplexity':>12}{'MB':>7}{'CPU seconds':>13}")
     for case in cases:
-        start = time.perf_counter()
         path, row = dense, {**case, "zeros": 0.0, "bytes": (dense.parent / "model.onnx.data").stat().st_size}
+        start = time.process_time()
         if case["method"] != "dense":
             options = {"calibration": inputs} if case["method"] in ("wanda", "sparsegpt") else {}
             path, result = convert(dense, folder, attention="fast", **case, **options)
             row |= {"zeros": zeros(result), "bytes": result.bytes_after}
-        logits = sparamx_onnx.DecoderSession(path, capacity=WINDOW).append(text[:, :-1])
-        row |= {"perplexity": float(np.exp(losses(logits, text[:, 1:]).mean())), "seconds": time.perf_counter() - start}
+        row["convert_cpu_seconds"] = time.process_time() - start
+        logits = sparamx_onnx.DecoderSession(path, capacity=arguments.window).append(text[:, :-1])
+        row["perplexity"] = float(np.exp(losses(logits, text[:, 1:]).mean()))
         print(
-            f"{case['method']:<12}{case['weights']:<9}{case.get('pattern') or format(row['zeros'], '.1%'):>8}"
-            f"{row['perplexity']:>12.2f}{row['bytes'] / 1e6:>7.1f}{row['seconds']:>9.1f}",
+            f"{case['weights']:<9}{case['method']:<12}{case.get('pattern') or format(row['zeros'], '.1%'):>8}"
+            f"{row['perplexity']:>12.2f}{row['bytes'] / 1e6:>7.1f}{row['convert_cpu_seconds']:>13.1f}",
             flush=True,
         )
         yield row
@@ -169,65 +155,67 @@ def zeros(result: sparamx_onnx.ConversionResult) -> float:
     return 1 - sum(layer.nnz or 0 for layer in layers) / size
 
 
-def write_calibration(folder: Path, count: int = 32, length: int = 512) -> None:
+def write_calibration(folder: Path, count: int, length: int = 512) -> None:
     """Windows of text that the model has learned from, as a user would write them: eight in a file."""
     folder.mkdir()
     tokens = tinylm.calibration()
     starts = np.linspace(0, len(tokens) - length, count).astype(int)
-    empty = np.zeros((ROWS, tinylm.KV_HEADS, 0, tinylm.HEAD_SIZE), np.float32)
     names = [f"past_key_values.{layer}.{kind}" for layer in range(tinylm.LAYERS) for kind in ("key", "value")]
-    for index in range(0, count, ROWS):
-        ids = np.stack([tokens[start : start + length] for start in starts[index : index + ROWS]])
+    for index in range(0, count, CALIBRATION_BATCH):
+        ids = np.stack([tokens[start : start + length] for start in starts[index : index + CALIBRATION_BATCH]])
+        empty = np.zeros((len(ids), tinylm.KV_HEADS, 0, tinylm.HEAD_SIZE), np.float32)
         arrays: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids), **dict.fromkeys(names, empty)}
-        np.savez(folder / f"{index:02}.npz", **arrays)
+        np.savez(folder / f"{index:03}.npz", **arrays)
 
 
 # --- Caches -----------------------------------------------------------------------------------------------------------
 
 
-def cache_cases() -> Iterator[Row]:
-    """Sparsity of keys and of values, with and without whole first and last tokens."""
-    yield {"k_sparsity": 0.0, "v_sparsity": 0.0, "sink": 0, "recent": 0}
-    for sparsity in CACHE_SPARSITIES:
-        yield {"k_sparsity": sparsity, "v_sparsity": 0.0, "sink": 0, "recent": 0}
-        yield {"k_sparsity": 0.0, "v_sparsity": sparsity, "sink": 0, "recent": 0}
-        yield {"k_sparsity": sparsity, "v_sparsity": sparsity, "sink": 0, "recent": 0}
-    yield {"k_sparsity": 0.3, "v_sparsity": 0.5, "sink": 0, "recent": 0}
+def cache_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The float cache, and packed ones."""
+    yield {}
+    yield from packed_cases(arguments)
+
+
+def packed_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Sparsity of keys and of values; then what `convert` takes by default, and other caches with whole ends."""
+    whole = {"sink": 0, "recent": 0}
+    yield {"k_sparsity": 0.0, "v_sparsity": 0.0, **whole}
+    for sparsity in arguments.cache_sparsities:
+        yield {"k_sparsity": sparsity, "v_sparsity": 0.0, **whole}
+        yield {"k_sparsity": 0.0, "v_sparsity": sparsity, **whole}
+        yield {"k_sparsity": sparsity, "v_sparsity": sparsity, **whole}
+    yield {"k_sparsity": 0.3, "v_sparsity": 0.5, **whole}
     for k_sparsity, v_sparsity in ((0.3, 0.5), (0.5, 0.5), (0.7, 0.7)):
         yield {"k_sparsity": k_sparsity, "v_sparsity": v_sparsity, **GUARDED}
-    yield {"k_sparsity": 0.3, "v_sparsity": 0.5, "sink": 0, "recent": 0}
 
 
-def caches(dense: Path, folder: Path) -> Iterator[Row]:
+def caches(dense: Path, folder: Path, arguments: argparse.Namespace, cases: Sequence[Row]) -> Iterator[Row]:
     """Held-out perplexity at several lengths, and how far the logits move, with float and with packed caches."""
-    text = windows(ROWS, max(LENGTHS))
+    lengths: list[int] = sorted(arguments.lengths)
+    text = windows(arguments.rows, lengths[-1])
     path, _ = convert(dense, folder, method="keep", weights="fp32", attention="fast")
-    expected, cache_bytes = read(path, text)
+    expected, float_bytes = read(path, text)
     print(
-        f"{'K':>6}{'V':>6}{'sink':>6}{'recent':>8}{'MB':>7}{'logits':>9}{'top 1':>8}"
-        + "".join(f"{n:>9}" for n in LENGTHS)
+        f"{'keys':>6}{'values':>8}{'ends':>6}{'MB':>7}{'logits':>9}{'top 1':>8}" + "".join(f"{n:>9}" for n in lengths)
     )
-    for case in [None, *cache_cases()]:
-        logits = expected
-        if case is not None:
+    for case in cases:
+        logits, cache_bytes = expected, float_bytes
+        if case:
             path, _ = convert(dense, folder, method="keep", weights="fp32", attention="packed", **case)
             logits, cache_bytes = read(path, text)
-        tail = slice(max(LENGTHS) // 2, None)
+        last = last_quarter(lengths[-1])
         row: Row = {
-            **(case or {}),
+            **case,
             "cache_bytes": cache_bytes,
-            "logits_error": error(logits[:, tail], expected[:, tail]),
-            "top1_agreement": float((logits[:, tail].argmax(2) == expected[:, tail].argmax(2)).mean()),
-            "perplexity": {str(length): perplexity_at(logits, text, length) for length in LENGTHS},
+            "top1_agreement": float((logits[:, last].argmax(2) == expected[:, last].argmax(2)).mean()),
+            "logits_error": {str(n): error(logits[:, last_quarter(n)], expected[:, last_quarter(n)]) for n in lengths},
+            "perplexity": {str(n): perplexity_at(logits, text, n) for n in lengths},
         }
-        kind = (
-            [f"{case['k_sparsity']:.0%}", f"{case['v_sparsity']:.0%}", case["sink"], case["recent"]]
-            if case
-            else ["fp32", "", "", ""]
-        )
         print(
-            f"{kind[0]:>6}{kind[1]:>6}{kind[2]:>6}{kind[3]:>8}{cache_bytes / 1e6:>7.1f}{row['logits_error']:>9.4f}"
-            f"{row['top1_agreement']:>8.3f}" + "".join(f"{value:>9.2f}" for value in row["perplexity"].values()),
+            f"{case.get('k_sparsity', 'fp32'):>6}{case.get('v_sparsity', 'fp32'):>8}{case.get('sink', ''):>6}"
+            f"{cache_bytes / 1e6:>7.1f}{row['logits_error'][str(lengths[-1])]:>9.4f}{row['top1_agreement']:>8.3f}"
+            + "".join(f"{value:>9.2f}" for value in row["perplexity"].values()),
             flush=True,
         )
         yield row
@@ -243,9 +231,14 @@ def read(model: Path, text: Tokens) -> tuple[Floats, int]:
     return np.concatenate(parts, axis=1), session.cache_bytes
 
 
+def last_quarter(length: int) -> slice:
+    """Of the first `length` tokens."""
+    return slice(length * 3 // 4, length)
+
+
 def perplexity_at(logits: Floats, text: Tokens, length: int) -> float:
     """Of the last quarter of the first `length` tokens."""
-    tail = slice(length * 3 // 4, length)
+    tail = last_quarter(length)
     return float(np.exp(losses(logits[:, tail], text[:, 1:][:, tail]).mean()))
 
 
@@ -258,25 +251,25 @@ def error(actual: Floats, expected: Floats) -> float:
 # --- Attention alone --------------------------------------------------------------------------------------------------
 
 
-def attention(dense: Path, folder: Path) -> Iterator[Row]:
+def attention(dense: Path, folder: Path, arguments: argparse.Namespace, cases: Sequence[Row]) -> Iterator[Row]:
     """How far the output of each layer's attention moves when only its own cache is pruned, on real activations."""
-    length = max(LENGTHS)
+    length = max(arguments.lengths)
+    tail = slice(length // 2, None)
     activations = queries_keys_values(dense, windows(2, length)[:, :-1])
-    print(f"{'K':>6}{'V':>6}  relative error of the attention's output, layer by layer")
-    for case in cache_cases():
+    layers = [one_layer(dense, layer, folder / f"layer{layer}.onnx") for layer in range(tinylm.LAYERS)]
+    expected = [
+        run_layer(convert(layer, folder, attention="fast")[0], rows)[:, tail]
+        for layer, rows in zip(layers, activations, strict=True)
+    ]
+    print(f"{'keys':>6}{'values':>8}{'ends':>6}  relative error of the attention's output, layer by layer")
+    for case in cases:
         errors = []
-        for layer, rows in enumerate(activations):
-            outputs = {}
-            for kind in ("fast", "packed"):
-                path = folder / "layer.onnx"
-                one_layer(dense, layer, path)
-                options = case if kind == "packed" else {}
-                converted, _ = convert(path, folder, attention=kind, **options)
-                outputs[kind] = run_layer(converted, rows)
-            tail = slice(length // 2, None)
-            errors.append(error(outputs["packed"][:, tail], outputs["fast"][:, tail]))
+        for layer, rows, wanted in zip(layers, activations, expected, strict=True):
+            converted, _ = convert(layer, folder, attention="packed", **case)
+            errors.append(error(run_layer(converted, rows)[:, tail], wanted))
         print(
-            f"{case['k_sparsity']:>6.0%}{case['v_sparsity']:>6.0%}  {' '.join(f'{value:.4f}' for value in errors)}",
+            f"{case['k_sparsity']:>6}{case['v_sparsity']:>8}{case['sink']:>6}  "
+            f"{' '.join(f'{value:.4f}' for value in errors)}",
             flush=True,
         )
         yield {**case, "errors": errors}
@@ -299,8 +292,8 @@ def attention_nodes(model: onnx.ModelProto) -> Sequence[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
 
 
-def one_layer(dense: Path, layer: int, path: Path) -> None:
-    """The attention of one layer as a model of its own: `x` is its query, key and value."""
+def one_layer(dense: Path, layer: int, path: Path) -> Path:
+    """Writes the attention of one layer as a model of its own: `x` is its query, key and value."""
     model = onnx.load(dense)
     [node] = attention_nodes(model)[layer : layer + 1]
     tables = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
@@ -326,6 +319,7 @@ def one_layer(dense: Path, layer: int, path: Path) -> None:
     ]
     graph = helper.make_graph([node], "layer", inputs, outputs, tables)
     onnx.save(helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version), path)
+    return path
 
 
 def run_layer(model: Path, rows: Floats) -> Floats:
@@ -351,6 +345,14 @@ def run_layer(model: Path, rows: Floats) -> Floats:
         outputs.append(found.pop("y"))
         cache = {name.replace("present", "past"): value for name, value in found.items()}
     return np.concatenate(outputs, axis=1)
+
+
+# How each part's cases are made, and how they are measured.
+MEASURED = {
+    "weights": (weight_cases, weights),
+    "cache": (cache_cases, caches),
+    "attention": (packed_cases, attention),
+}
 
 
 if __name__ == "__main__":

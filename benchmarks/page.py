@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables and charts of docs/performance.md from the documents in benchmarks/measured/.
+"""Writes the tables and charts of docs/performance.md and docs/quality.md from the documents in benchmarks/measured/.
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; what is between them is replaced. Charts go
 to docs/plots/. With --check nothing is written, and the exit status says whether everything is up to date.
@@ -8,7 +8,6 @@ to docs/plots/. With --check nothing is written, and the exit status says whethe
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -17,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import plots
+import quality_page
 import rotation
 import shapes
 import tune
+from tables import MEASURED, load, table
 
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ROOT / "benchmarks" / "measured"
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / "performance.md", ROOT / "docs" / "quality.md"]
 PLOTS = ROOT / "docs" / "plots"
 
 TYPES = ["fp32", "bf16", "int8", "int4"]
@@ -46,18 +46,6 @@ ENGINE_NAMES = {
 }
 
 Cell = dict[str, Any]
-
-
-def load(name: str) -> dict[str, Any]:
-    """One measured document."""
-    document: dict[str, Any] = json.loads((MEASURED / f"{name}.json").read_text())
-    return document
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 # --- Models against peers ---------------------------------------------------------------------------------------------
@@ -324,7 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(cpu, targets, peers, model_streaming, all_shapes, slower_shapes, decode, arithmetic),
         *(levels, other_levels, choice),
     )
-}
+} | quality_page.TABLES
 
 
 # --- Charts -----------------------------------------------------------------------------------------------------------
@@ -380,27 +368,28 @@ def peers_chart() -> str:
 
 # The document that each chart is drawn from; a chart whose document has not been measured is left out.
 CHARTS = {"decode": ("kernels", decode_chart), "fp32": ("shapes", fp32_chart), "peers": ("models", peers_chart)}
+CHARTS |= quality_page.CHARTS
 
 
-# --- The page ---------------------------------------------------------------------------------------------------------
+# --- The pages --------------------------------------------------------------------------------------------------------
 
 
-def fill(text: str) -> str:
-    """The page with its tables replaced."""
+def fill(page: Path) -> str:
+    """The page's text with its tables replaced."""
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in TABLES:
-            raise SystemExit(f"page.py: {PAGE} asks for a table {match[1]!r}; there are {', '.join(TABLES)}")
+            raise SystemExit(f"page.py: {page} asks for a table {match[1]!r}; there are {', '.join(TABLES)}")
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, page.read_text(), flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
     arguments = parser.parse_args()
-    files = {PAGE: fill(PAGE.read_text())}
+    files = {page: fill(page) for page in PAGES}
     for name, (document, make) in CHARTS.items():
         if (MEASURED / f"{document}.json").exists():
             files[PLOTS / f"{name}.svg"] = make()
