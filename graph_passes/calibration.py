@@ -410,7 +410,7 @@ def open_session(model: ir.Model, path: Path, threads: int) -> onnxruntime.Infer
     Raises:
         SparamxError: ONNX Runtime refuses it.
     """
-    write.save(model, path, overwrite=True)
+    write.save(model, path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads

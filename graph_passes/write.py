@@ -1,23 +1,17 @@
-"""Writes a model and one external data file beside it, a tensor at a time, and moves both into place when complete."""
+"""Writes a model and one external data file beside it, a tensor at a time."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
 
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.mapped import external_range
 from sparamx_onnx.graph_passes.packed_weight import PackedTensor
 from sparamx_onnx.ops.errors import SparamxError
-
-DATA_SUFFIX: Final = ".data"
 
 # Initializers in memory up to this size stay in the model file: shapes and scalars, which ONNX Runtime reads while it
 # builds the graph. It is the limit of the onnx package too.
@@ -31,8 +25,6 @@ _LARGE_ALIGNMENT = 64 * 1024
 _LARGE = 1 << 20
 
 _COPY_BYTES = 4 << 20
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -61,59 +53,41 @@ class _Item:
     release: Callable[[], None]
 
 
-def data_path_of(path: str | os.PathLike[str]) -> Path:
-    """The external data file of a model that is saved as ``path``."""
-    path = Path(path)
-    return path.with_name(path.name + DATA_SUFFIX)
+def data_path(model: Path) -> Path:
+    """The external data file that belongs to a model file."""
+    return model.with_name(model.name + ".data")
 
 
-def save(
-    model: ir.Model,
-    path: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    inputs: Iterable[str | os.PathLike[str]] = (),
-    progress: Callable[[int, int], None] | None = None,
-) -> Saved:
-    """Saves a model as ``path`` and ``path.data``. The same model gives the same bytes.
+def save(model: ir.Model, path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Saved:
+    """Writes a model as ``path`` and ``path.data``, in the place of what is there. The same model gives the same bytes.
 
     Packed weights are packed one at a time, external tensors are copied, and initializers of more than 1 KiB become
-    external. Both files get temporary names in their folder until they are complete; whatever interrupts the writing
-    leaves neither of them, nor touches what was there. The model in memory is not changed.
+    external. The model in memory is not changed. What interrupts the writing leaves incomplete files: where that
+    matters, ``path`` is in a folder of its own, from which complete files are moved.
 
     Args:
-        model: The model. External tensors are read from where they are.
+        model: The model. External tensors are read from where they are, which is neither of the files to write.
         path: The model file to write.
-        overwrite: Replace the files if they exist.
-        inputs: Files that must never be overwritten, besides the external data of the model: the model's own file.
         progress: Called with the bytes of tensors done and the bytes in total, as they are in the input model.
 
     Raises:
-        SparamxError: The folder is missing or not writable, a file exists or is an input, the disk is full, or a
-            tensor cannot be read.
+        SparamxError: A tensor cannot be read, packed or expressed.
+        OSError: A file cannot be written.
     """
     path = Path(path)
-    if not path.name:
-        raise SparamxError(f"'{path}' does not name a file to write.")
-    data_path = data_path_of(path)
+    data = data_path(path)
     items = list(_external_items(model))
-    _check_destination(path, data_path, overwrite, [*inputs, *_external_files(items)])
-    commit = _Commit()
-    with contextlib.ExitStack() as stack:
-        data_file = stack.enter_context(_Temporary(data_path, commit)) if items else None
-        stack.callback(_release, items)
-        data_bytes = 0 if data_file is None else _write_data(items, data_file, data_path.name, progress)
-        content = _serialize(model, path)
-        model_file = stack.enter_context(_Temporary(path, commit))
-        with _writing(path):
-            model_file.write(content)
-        # The data first: the model must never stand beside data that is not its own.
-        if data_file is not None:
-            data_file.move_into_place()
-        model_file.move_into_place()
-        commit.done = True
-    _sync_folder(path.parent)
-    return Saved(path, data_path if items else None, len(content), data_bytes)
+    # Others may have mapped the old files: these are replaced, not overwritten.
+    for old in (path, data):
+        old.unlink(missing_ok=True)
+    try:
+        data_bytes = _write_data(items, data, progress) if items else 0
+        content = _serialize(model)
+    finally:
+        for item in items:
+            item.release()
+    path.write_bytes(content)
+    return Saved(path, data if items else None, len(content), data_bytes)
 
 
 def _external_items(model: ir.Model) -> Iterator[_Item]:
@@ -177,47 +151,7 @@ def _attribute_item(node: ir.Node, attribute: ir.Attr, tensor: ir.TensorProtocol
     return _Item(tensor, hold, release)
 
 
-def _release(items: Iterable[_Item]) -> None:
-    for item in items:
-        item.release()
-
-
-def _external_files(items: Iterable[_Item]) -> Iterator[Path]:
-    """The files that the tensors are read from."""
-    for item in items:
-        tensors = [item.tensor]
-        if isinstance(item.tensor, PackedTensor):
-            tensors = [source.tensor for source in item.tensor.sources]
-        for tensor in tensors:
-            if isinstance(tensor, ir.ExternalTensor):
-                yield Path(tensor.path)
-
-
-def _check_destination(path: Path, data_path: Path, overwrite: bool, inputs: Iterable[str | os.PathLike[str]]) -> None:
-    if not path.parent.is_dir():
-        raise SparamxError(f"The folder {path.parent} to write {path.name} into does not exist.")
-    read = {_identity(Path(file)) for file in inputs} - {None}
-    for target in (path, data_path):
-        if target.is_dir():
-            raise SparamxError(f"{target} is a folder, not a file to write.")
-        if _identity(target) in read:
-            raise SparamxError(f"{target} is a file of the input model, which is never overwritten.")
-        if not overwrite and (target.exists() or target.is_symlink()):
-            raise SparamxError(f"{target} exists already.")
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What is equal for all names of a file; None if there is no such file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _write_data(
-    items: list[_Item], file: _Temporary, location: str, progress: Callable[[int, int], None] | None
-) -> int:
+def _write_data(items: list[_Item], path: Path, progress: Callable[[int, int], None] | None) -> int:
     """Writes all tensors, and tells their holders where they stand; returns the size of the file."""
     total = sum(_source_bytes(item.tensor) for item in items)
     done = 0
@@ -230,31 +164,27 @@ def _write_data(
         if progress is not None:
             progress(done, total)
 
-    for item in items:
-        tensor = item.tensor
-        key = _content_key(tensor)
-        if key in written:
-            advance(_source_bytes(tensor))
-        else:
-            if isinstance(tensor, PackedTensor):
+    with path.open("wb") as file:
+        for item in items:
+            tensor = item.tensor
+            key = _content_key(tensor)
+            if key in written:
+                advance(_source_bytes(tensor))
+            elif isinstance(tensor, PackedTensor):
                 blob = tensor.pack()
-                offset = _align(end, _LARGE_ALIGNMENT if blob.size >= _LARGE else _PAGE)
-                with _writing(file.target):
-                    file.write_at(offset, blob.data)
-                written[key] = (offset, blob.size)
+                written[key] = file.seek(_align(end, _LARGE_ALIGNMENT if blob.size >= _LARGE else _PAGE)), blob.size
+                file.write(blob.data)
                 del blob
                 advance(tensor.source_bytes)
             else:
-                offset = _align(end, _alignment(tensor.nbytes))
-                for start, chunk in _chunks(tensor):
-                    with _writing(file.target):
-                        file.write_at(offset + start, chunk)
+                written[key] = file.seek(_align(end, _alignment(tensor.nbytes))), tensor.nbytes
+                for chunk in _chunks(tensor):
+                    file.write(chunk)
                     advance(len(chunk))
-                written[key] = (offset, tensor.nbytes)
-            end = sum(written[key])
-        offset, length = written[key]
-        # Held at once: a packed weight that is not held any more can be forgotten with its dense weight.
-        item.hold(_external(tensor, location, offset, length))
+            offset, length = written[key]
+            end = max(end, offset + length)
+            # Held at once: a packed weight that is not held any more can be forgotten with its dense weight.
+            item.hold(_external(tensor, path.name, offset, length))
     return end
 
 
@@ -290,12 +220,12 @@ def _align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def _chunks(tensor: ir.TensorProtocol) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of a tensor in pieces, each with its offset; of an external one, without holding all of it."""
+def _chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces; of an external one, without holding all of it."""
     if not isinstance(tensor, ir.ExternalTensor):
         content = memoryview(tensor.tobytes())
         for start in range(0, len(content), _COPY_BYTES):
-            yield start, content[start : start + _COPY_BYTES]
+            yield content[start : start + _COPY_BYTES]
         return
     path, offset, size = external_range(tensor)
     buffer = memoryview(bytearray(min(size, _COPY_BYTES)))
@@ -307,7 +237,7 @@ def _chunks(tensor: ir.TensorProtocol) -> Iterator[tuple[int, memoryview]]:
                 count = source.readinto(buffer[: min(size - start, _COPY_BYTES)])
                 if not count:
                     raise SparamxError(f"The external data file {path} ends within '{tensor.name}'.")
-                yield start, buffer[:count]
+                yield buffer[:count]
                 start += count
     except OSError as error:
         raise SparamxError(
@@ -315,94 +245,9 @@ def _chunks(tensor: ir.TensorProtocol) -> Iterator[tuple[int, memoryview]]:
         ) from error
 
 
-def _serialize(model: ir.Model, path: Path) -> bytes:
+def _serialize(model: ir.Model) -> bytes:
     try:
         content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     except Exception as error:  # protobuf's and onnx_ir's exceptions for a model that cannot be expressed
-        raise SparamxError(f"The model cannot be written as {path}: {str(error).splitlines()[0]}") from error
+        raise SparamxError(f"The model cannot be written: {str(error).splitlines()[0]}") from error
     return content
-
-
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Turns an error of the operating system into a sentence about the file to write."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise SparamxError(f"There is not enough room in {target.parent} to write {target.name}.") from error
-        raise SparamxError(f"{target} cannot be written: {error.strerror or error}.") from error
-
-
-@dataclass
-class _Commit:
-    """Whether the files are there to stay: one switch for all of them, so that no interruption falls in between."""
-
-    done: bool = False
-
-
-class _Temporary:
-    """A file that has a temporary name until it is moved into place; without a commit, everything is as it was."""
-
-    def __init__(self, target: Path, commit: _Commit) -> None:
-        self.target = target
-        self._commit = commit
-        token = secrets.token_hex(4)
-        self._path = target.with_name(f".{target.name}.{token}.partial")
-        self._backup = target.with_name(f".{target.name}.{token}.previous")
-        self._file: BinaryIO | None = None
-        self._moved_over: bool | None = None
-
-    def __enter__(self) -> _Temporary:
-        with _writing(self.target):
-            self._file = self._path.open("xb")
-        return self
-
-    def write(self, content: bytes | memoryview) -> None:
-        assert self._file is not None
-        self._file.write(content)
-
-    def write_at(self, offset: int, content: bytes | memoryview) -> None:
-        assert self._file is not None
-        if self._file.tell() != offset:
-            self._file.seek(offset)
-        self._file.write(content)
-
-    def move_into_place(self) -> None:
-        """Makes the file durable and gives it its name, replacing what has that name."""
-        assert self._file is not None
-        with _writing(self.target):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._moved_over = self.target.exists()
-            if self._moved_over:
-                # A second name for the old file; where the file system has none, it cannot be brought back.
-                with contextlib.suppress(OSError):
-                    self._backup.hardlink_to(self.target)
-            self._path.replace(self.target)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            # Closing flushes what is left, which on a full disk fails again.
-            with contextlib.suppress(OSError):
-                self._file.close()
-        if not self._commit.done and self._moved_over is not None:
-            with contextlib.suppress(OSError):
-                if self._moved_over:
-                    self._backup.replace(self.target)
-                else:
-                    self.target.unlink()
-        for leftover in (self._path, self._backup):
-            with contextlib.suppress(OSError):
-                leftover.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new names durable, where the file system knows how."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

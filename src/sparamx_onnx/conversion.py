@@ -12,15 +12,16 @@ from typing import Any, cast
 from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.feeds import read_calibration
 from sparamx_onnx.genai_folder import FolderOutput
-from sparamx_onnx.graph_passes import pipeline, write
+from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
+from sparamx_onnx.graph_passes.write import data_path, save
 from sparamx_onnx.html_report import report_page
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import ScaleType, WeightType
-from sparamx_onnx.output import FileOutput, check_report, data_path, staging, write_error, write_text
+from sparamx_onnx.output import FileOutput, check_report, staging, write_error, write_text
 from sparamx_onnx.prediction import Prediction, predict
 from sparamx_onnx.progress import Report, byte_report
 
@@ -180,7 +181,7 @@ def convert(
                 if runs is not None:
                     pipeline.prune(loaded.model, plan, options, runs, folder, byte_report(progress, "pruning layers"))
                 pipeline.pack_caches(loaded.model, plan, options)
-                saved = write.save(
+                saved = save(
                     loaded.model, destination.model_in(folder), progress=byte_report(progress, "packing weights")
                 )
                 destination.commit(folder, loaded)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparamx_onnx.genai_config import CONFIG_NAME, GenaiConfig, read_genai_config
+from sparamx_onnx.graph_passes.write import data_path
 from sparamx_onnx.loading import LoadedModel, load_model
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.output import data_path
+from sparamx_onnx.output import sync
 
 # Within the staging folder.
 _NEW, _OLD = "new", "old"
@@ -101,6 +102,7 @@ class FolderOutput:
             shutil.copyfile(path, copy)
         shutil.copyfile(library.get_library_path(), new / library.LIBRARY_NAME)
         (new / CONFIG_NAME).write_text(self._config.with_library(library.LIBRARY_NAME), encoding="utf-8")
+        sync(new / self._config.decoder, data_path(new / self._config.decoder))
         try:
             if self.target.exists():
                 self.target.rename(old)
@@ -109,6 +111,7 @@ class FolderOutput:
             if old.exists() and not self.target.exists():
                 old.rename(self.target)
             raise
+        sync(self.target.parent)
 
     def _kept_files(self, loaded: LoadedModel) -> list[Path]:
         """The files of the input folder that are copied as they are."""

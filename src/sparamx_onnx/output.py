@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparamx_onnx.graph_passes.write import data_path
 from sparamx_onnx.loading import LoadedModel
 from sparamx_onnx.ops.errors import SparamxError
 
@@ -47,11 +49,6 @@ class FileOutput:
     def commit(self, staging: Path, loaded: LoadedModel) -> None:
         """As ``commit``, once the model has been written."""
         commit(staging, self.target)
-
-
-def data_path(model: Path) -> Path:
-    """The external data file that belongs to a model file."""
-    return model.with_name(model.name + ".data")
 
 
 def check_destination(output: Path, *, inputs: tuple[Path, ...], force: bool) -> None:
@@ -150,12 +147,27 @@ def commit(folder: Path, output: Path) -> None:
         output: Where the model goes.
     """
     data = data_path(output)
+    sync(folder / output.name, folder / data.name)
     output.unlink(missing_ok=True)
     if (folder / data.name).exists():
         (folder / data.name).replace(data)
     else:
         data.unlink(missing_ok=True)
     (folder / output.name).replace(output)
+    sync(output.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Makes the content of files durable, and the names in folders where that can be done; absent ones are no error."""
+    for path in filter(Path.exists, paths):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if path.is_file():
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _prefix(output: Path) -> str:
@@ -179,5 +191,5 @@ def _remove_if_unlocked(folder: Path) -> None:
 
 def write_error(output: Path, error: OSError) -> SparamxError:
     """The sentence for a failed write of ``output``."""
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
     return SparamxError(f"{output}: cannot be written: {reason}")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sparamx_onnx.graph_passes.write import data_path
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.output import check_destination, commit, data_path, staging
+from sparamx_onnx.output import check_destination, commit, staging
 
 Tree = Callable[[Path], dict[str, bytes]]
 

@@ -121,7 +121,7 @@ class Workbench:
         model = ir.load(source)
         plan = pipeline.run(model, ConvertOptions(**{"weights": "fp32", **options}))  # type: ignore[arg-type]
         path = self.folder / name
-        write.save(model, path, overwrite=True)
+        write.save(model, path)
         return Converted(proto, model, plan, path)
 
     def save_external(self, proto: onnx.ModelProto, name: str = "external.onnx") -> Path:

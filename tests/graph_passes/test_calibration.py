@@ -360,7 +360,7 @@ def test_quantized_weights_are_quantized_anew_where_their_values_change(make_mod
     for method, keeps in (("wanda", True), ("sparsegpt", False)):
         model, plan, options = _rewritten(proto, method=method, weights=None)
         pipeline.prune(model, plan, options, _runs(4), tmp_path)
-        write.save(model, tmp_path / "out.onnx", overwrite=True)
+        write.save(model, tmp_path / "out.onnx")
         (layer,) = plan
         assert (layer.weight_type, layer.keeps_codes) == ("int8", keeps)
         assert layer.sparsity == pytest.approx(0.5, abs=0.03)
