@@ -9,7 +9,6 @@ has been visited sees the group's weights as the visit left them.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ import onnxruntime
 
 from sparamx_onnx.graph_passes import write
 from sparamx_onnx.graph_passes.packed_weight import PackedSiblings, PackedWeight
-from sparamx_onnx.ops import library
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_MATMUL
-from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.errors import SparamxError, in_one_sentence
+from sparamx_onnx.ops.sessions import open_quietly
 
 Array = npt.NDArray[Any]
 Runs = Iterable[Mapping[str, Array]]
@@ -411,14 +410,7 @@ def open_session(model: ir.Model, path: Path, threads: int) -> onnxruntime.Infer
         SparamxError: ONNX Runtime refuses it.
     """
     write.save(model, path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    library.register(options)
-    try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"], enable_fallback=0)
-    except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
-        raise SparamxError(f"ONNX Runtime cannot run the model to calibrate: {_first_line(error)}") from error
+    return open_quietly(path, complaint="ONNX Runtime cannot run the model to calibrate", threads=threads)
 
 
 def run_session(session: onnxruntime.InferenceSession, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Any]:
@@ -427,15 +419,9 @@ def run_session(session: onnxruntime.InferenceSession, outputs: Sequence[str], f
     Raises:
         SparamxError: ONNX Runtime fails on them.
     """
-    try:
+    with in_one_sentence("ONNX Runtime fails on the calibration inputs"):
         results: list[Any] = session.run(list(outputs), dict(feeds))
-    except Exception as error:  # as above
-        raise SparamxError(f"ONNX Runtime fails on the calibration inputs: {_first_line(error)}") from error
     return results
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def as_model(piece: Piece, model: ir.Model, types: Mapping[str, ir.DataType]) -> ir.Model:

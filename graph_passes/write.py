@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.mapped import external_range
 from sparamx_onnx.graph_passes.packed_weight import PackedTensor
-from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.errors import SparamxError, in_one_sentence
 
 # Initializers in memory up to this size stay in the model file: shapes and scalars, which ONNX Runtime reads while it
 # builds the graph. It is the limit of the onnx package too.
@@ -246,8 +246,6 @@ def _chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
 
 
 def _serialize(model: ir.Model) -> bytes:
-    try:
+    with in_one_sentence("The model cannot be written"):
         content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    except Exception as error:  # protobuf's and onnx_ir's exceptions for a model that cannot be expressed
-        raise SparamxError(f"The model cannot be written: {str(error).splitlines()[0]}") from error
     return content

@@ -54,7 +54,8 @@ def _serve(job: dict[str, Any], answer: Any) -> None:
     import onnxruntime
 
     from sparamx_onnx.feeds import Feed, read_arrays
-    from sparamx_onnx.session import first_line, open_quietly
+    from sparamx_onnx.ops.errors import in_one_sentence
+    from sparamx_onnx.ops.sessions import open_quietly
 
     before = memory()
     start = time.perf_counter()
@@ -74,11 +75,8 @@ def _serve(job: dict[str, Any], answer: Any) -> None:
         session.run_with_ort_values(names, values)
         return time.perf_counter() - start
 
-    try:
+    with in_one_sentence(f"{job['model']}: ONNX Runtime fails on these inputs"):
         first = run()
-    except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
-        answer({"error": f"{job['model']}: ONNX Runtime fails on these inputs: {first_line(error)}"})
-        return
     answer({"ready": {"load_seconds": load_seconds, "first_seconds": first, "memory_before": before}})
     for line in sys.stdin:
         seconds = [run() for _ in range(json.loads(line)["runs"])]

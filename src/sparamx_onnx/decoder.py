@@ -23,10 +23,10 @@ from sparamx_onnx.genai_config import model_file
 from sparamx_onnx.graph_passes.pack_cache import packed_caches
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_ATTENTION
-from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.errors import SparamxError, in_one_sentence
 from sparamx_onnx.ops.packed_cache import HEADER_BYTES, CacheLayout
 from sparamx_onnx.packed_noise import noise_row
-from sparamx_onnx.session import InferenceSession, first_line
+from sparamx_onnx.session import InferenceSession
 
 Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -107,12 +107,8 @@ class DecoderSession:
         options = session_options or onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
+        with in_one_sentence(f"{path}: ONNX Runtime cannot run this model"):
             self._session = InferenceSession(path, options)
-        except SparamxError:
-            raise
-        except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
-            raise SparamxError(f"{path}: ONNX Runtime cannot run this model: {first_line(error)}") from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         [self._logits] = [v for v in self._session.get_outputs() if v.name == "logits"] or [None]
         self._caches, self.shares_buffers = _find_caches(path, self._session)
@@ -309,10 +305,8 @@ class DecoderSession:
             self._binding.clear_binding_outputs()
         logits = self._bind_logits(batch, tokens)
         self._bind_caches(batch)
-        try:
+        with in_one_sentence("ONNX Runtime cannot run this decoder"):
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
-            raise SparamxError(f"ONNX Runtime cannot run this decoder: {first_line(error)}") from error
         outputs = self._binding.get_outputs()  # in the order in which they were bound
         if not self.shares_buffers:
             self._buffers = {cache.past: value for cache, value in zip(self._caches, outputs[1:], strict=True)}

@@ -15,8 +15,8 @@ from sparamx_onnx.feeds import Array
 from sparamx_onnx.graph_passes.linear_layers import scope_of
 from sparamx_onnx.loading import LoadedModel, tensors_of
 from sparamx_onnx.ops.definitions import DOMAIN
-from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.session import InferenceSession, first_line
+from sparamx_onnx.ops.errors import in_one_sentence
+from sparamx_onnx.ops.sessions import open_quietly
 
 # Layers whose inputs and results are held at a time.
 _TOGETHER = 16
@@ -160,15 +160,8 @@ def _open(proto: onnx.ModelProto, model: LoadedModel) -> onnxruntime.InferenceSe
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = os.path.relpath(entry.value, folder)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry(_DATA_FOLDER, folder)
-    try:
-        return InferenceSession(proto.SerializeToString(), options)
-    except SparamxError:
-        raise
-    except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
-        raise SparamxError(f"{model.path}: ONNX Runtime cannot run its layers: {first_line(error)}") from error
+    complaint = f"{model.path}: ONNX Runtime cannot run its layers"
+    return open_quietly(proto.SerializeToString(), complaint=complaint, config={_DATA_FOLDER: folder})
 
 
 def _run(session: onnxruntime.InferenceSession, names: Sequence[str], values: Mapping[str, Array]) -> dict[str, Array]:
@@ -176,8 +169,6 @@ def _run(session: onnxruntime.InferenceSession, names: Sequence[str], values: Ma
     wanted = {value.name for value in session.get_inputs()}
     made = {value.name for value in session.get_outputs()}
     outputs = [name for name in names if name in made]
-    try:
+    with in_one_sentence("ONNX Runtime fails on these inputs"):
         arrays = session.run(outputs, {name: values[name] for name in wanted})
-    except Exception as error:  # as above
-        raise SparamxError(f"ONNX Runtime fails on these inputs: {first_line(error)}") from error
     return dict(zip(outputs, arrays, strict=True))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from sparamx_onnx.genai_config import model_file
 from sparamx_onnx.ops.definitions import DOMAIN
-from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.errors import SparamxError, in_one_sentence
 
 _LARGEST_PROTOBUF = 2**31 - 1
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -69,12 +69,9 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         else:
             _check_inline(path, tensor)
     _check_references(path, proto)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of them is checked, and refused in one sentence
-            model = ir.serde.deserialize_model(proto)
-    except Exception as error:  # whatever a damaged model trips over inside of onnx_ir
-        raise SparamxError(f"{path}: not a valid ONNX model: {_first_line(error)}") from error
+    with in_one_sentence(f"{path}: not a valid ONNX model"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters of them is checked, and refused in one sentence
+        model = ir.serde.deserialize_model(proto)
     total = _size(path) + sum(sizes.values())
     return LoadedModel(path, model, tuple(sizes), total)
 
@@ -254,8 +251,3 @@ def _exists(path: Path) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -20,9 +20,9 @@ from sparamx_onnx.graph_passes.pipeline import KEPT_KEY
 from sparamx_onnx.inspection import conversion_record
 from sparamx_onnx.layer_errors import LayerError, layer_errors
 from sparamx_onnx.loading import LoadedModel, load_model
-from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.errors import SparamxError, in_one_sentence
 from sparamx_onnx.ops.packed_cache import BLOCK
-from sparamx_onnx.session import first_line, open_quietly
+from sparamx_onnx.ops.sessions import open_quietly
 
 # Largest relative error of an output that conversion alone, without pruning, may cause. For int8 and int4, whose errors
 # add up over the layers, half as much again as was seen at most (docs/conversion.md).
@@ -181,10 +181,8 @@ def _run(session: onnxruntime.InferenceSession, path: Path, feeds: dict[str, Arr
     wanted = {value.name for value in session.get_inputs()}
     if missing := sorted(wanted - set(feeds)):
         raise SparamxError(f"{path}: it has an input '{missing[0]}' that the other model lacks")
-    try:
+    with in_one_sentence(f"{path}: ONNX Runtime fails on these inputs"):
         values = session.run(None, {name: array for name, array in feeds.items() if name in wanted})
-    except Exception as error:  # the exception types of ONNX Runtime derive from nothing more specific
-        raise SparamxError(f"{path}: ONNX Runtime fails on these inputs: {first_line(error)}") from error
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
             raise SparamxError(f"{path}: output '{name}' is no tensor of numbers, which verify cannot compare")
