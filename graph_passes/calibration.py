@@ -155,7 +155,6 @@ def calibrate(
     folder: Path,
     visit: Visit,
     *,
-    threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Runs the model up to each group of layers in turn, and lets ``visit`` look at what enters it.
@@ -166,7 +165,6 @@ def calibrate(
         runs: The inputs. Gone through once, at the start.
         folder: Where intermediate results may be written. They are removed as soon as nothing needs them.
         visit: Called for each group. The layers of a group run with the weights that they have after their visit.
-        threads: Threads of ONNX Runtime; 0 takes one per core.
         progress: Called with steps done and steps in total; a step is one run of a piece, or a visit.
 
     Raises:
@@ -193,7 +191,7 @@ def calibrate(
 
     for index, group in enumerate(groups):
         piece = pieces.piece(index)
-        runner = _Runner(piece, model, store, folder, threads) if piece.outputs else None
+        runner = _Runner(piece, model, store, folder) if piece.outputs else None
         for run_index in range(len(masks)):
             if runner is not None:
                 runner.run(run_index)
@@ -387,11 +385,11 @@ class _Store:
 class _Runner:
     """Runs a piece on what is stored, and stores what it computes."""
 
-    def __init__(self, piece: Piece, model: ir.Model, store: _Store, folder: Path, threads: int) -> None:
+    def __init__(self, piece: Piece, model: ir.Model, store: _Store, folder: Path) -> None:
         self._piece = piece
         self._store = store
         types = {name: ir.DataType.from_numpy(store.get(name, 0).dtype) for name in piece.inputs}
-        self._session = open_session(as_model(piece, model, types), folder / "piece.onnx", threads)
+        self._session = open_session(as_model(piece, model, types), folder / "piece.onnx")
 
     def run(self, index: int) -> None:
         """Runs one run's piece."""
@@ -403,14 +401,14 @@ class _Runner:
             self._store.put(name, index, result)
 
 
-def open_session(model: ir.Model, path: Path, threads: int) -> onnxruntime.InferenceSession:
+def open_session(model: ir.Model, path: Path) -> onnxruntime.InferenceSession:
     """Writes a model as ``path``, over what is there, and opens it.
 
     Raises:
         SparamxError: ONNX Runtime refuses it.
     """
     write.save(model, path)
-    return open_quietly(path, complaint="ONNX Runtime cannot run the model to calibrate", threads=threads)
+    return open_quietly(path, complaint="ONNX Runtime cannot run the model to calibrate")
 
 
 def run_session(session: onnxruntime.InferenceSession, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Any]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from sparamx_onnx.graph_passes.packed_weight import PackedWeight, Pruner
+from sparamx_onnx.graph_passes.packed_weight import PackedWeight
 from sparamx_onnx.graph_passes.plan import Action, Reason
 from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruner
-from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude, zeros_wanted
-from sparamx_onnx.graph_passes.prune_pattern import Pattern, prune_to_pattern
+from sparamx_onnx.graph_passes.prune_magnitude import prune_by_magnitude, zeros_wanted
+from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen
-from sparamx_onnx.ops.packing import Form, WeightType, count_nonzero, describe, expected_size, pack
+from sparamx_onnx.ops.packing import QUANTIZED, Form, WeightType, count_nonzero, describe, expected_size, pack
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in total."""
-
-QUANTIZED = (WeightType.INT8, WeightType.INT4)
 
 # Matrices of more elements are sampled: in blocks of so many rows and columns (the longer side is the one that lies
 # together in the file, one page of float32), so many of them. A sixteenth of a large matrix of a language model.
@@ -120,13 +117,6 @@ def _size(chosen: Chosen, sparsity: float, pattern: Pattern | None, sampled: boo
         return Size(packed.source_nnz, info.nnz, info.blob_bytes, info.form)
     nnz = count_nonzero(PackedWeight("", layer.weight, options, scale=layer.scale).source(), options.weight_type)
     return _counted(chosen, nnz, nnz)
-
-
-def prune_by_magnitude(sparsity: float, pattern: Pattern | None) -> Pruner:
-    """Sets the smallest weights to zero, in a pattern or to a sparsity."""
-    if pattern is not None:
-        return functools.partial(prune_to_pattern, pattern=pattern)
-    return functools.partial(prune_magnitude, sparsity=sparsity)
 
 
 def _counted(chosen: Chosen, nnz: int, before: int | None) -> Size:

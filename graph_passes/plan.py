@@ -108,10 +108,6 @@ class Reason(Explained):
     )
     EXCLUDED_BY_USER = ("excluded_by_user", "An exclude pattern matches it.")
     NOT_INCLUDED_BY_USER = ("not_included_by_user", "No include pattern matches it.")
-    NOT_FASTER = (
-        "not_faster",
-        "Packed it would hardly be smaller than the dense weight, so hardly faster; prune it first.",
-    )
 
 
 @dataclass

@@ -76,7 +76,6 @@ class CalibratedPruning:
         updates: bool,
         pattern: Pattern | None = None,
         by_sensitivity: bool = False,
-        threads: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Describes the pruning; runs nothing.
@@ -88,7 +87,6 @@ class CalibratedPruning:
             updates: SparseGPT, which changes the weights that stay; otherwise Wanda.
             pattern: N:M instead of unstructured zeros.
             by_sensitivity: Distribute the zeros by measured sensitivity.
-            threads: Threads of ONNX Runtime; 0 takes one per core.
             progress: Called with steps done and steps in total.
         """
         self._model = model
@@ -97,7 +95,6 @@ class CalibratedPruning:
         self._updates = updates
         self._pattern = pattern
         self._by_sensitivity = by_sensitivity
-        self._threads = threads
         self._progress = progress
         self._errors: dict[str, float] = {}
 
@@ -127,14 +124,14 @@ class CalibratedPruning:
             if self._progress is not None:
                 self._progress(before * total + done, passes * total)
 
-        calibrate(self._model, groups, self._runs, self._folder, visit, threads=self._threads, progress=report)
+        calibrate(self._model, groups, self._runs, self._folder, visit, progress=report)
 
     def _allocate(self, groups: list[LayerGroup]) -> None:
         """Prunes each layer alone in the unpruned model, measures what that does to the outputs, and allocates."""
         count = sum(1 for _ in self._runs)
         chosen = {count * (2 * index + 1) // (2 * _PROBED_RUNS) for index in range(_PROBED_RUNS)}
         sample = {index: run for index, run in enumerate(self._runs) if index in chosen}
-        probe = OutputProbe(self._model, groups, sample, self._folder, self._threads)
+        probe = OutputProbe(self._model, groups, sample, self._folder)
         curves: list[Curve] = []
         damages: list[float] = []
 

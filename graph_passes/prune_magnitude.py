@@ -1,14 +1,14 @@
-"""Prunes by magnitude: the smallest weights of a matrix become zero. And the rule by which layers are spared."""
+"""Prunes by magnitude: the smallest weights of a matrix become zero."""
 
 from __future__ import annotations
 
-import re
+import functools
 
 import numpy as np
 import numpy.typing as npt
 
-from sparamx_onnx.graph_passes.linear_layers import LinearLayer, scope_of
-from sparamx_onnx.graph_passes.routers import chooses_experts, is_ranked, predictions
+from sparamx_onnx.graph_passes.packed_weight import Pruner
+from sparamx_onnx.graph_passes.prune_pattern import Pattern, prune_to_pattern
 from sparamx_onnx.ops.errors import SparamxError
 
 # Values looked at together: large enough for NumPy's overhead to vanish, small enough to stay in the L2 cache.
@@ -16,56 +16,6 @@ _CHUNK = 1 << 18
 
 # Radix of the search for the threshold: one pass over the high bits of the magnitudes, one over the rest.
 _HIGH_BITS = 16
-
-# Below this, in either dimension, a layer is a small head: its zeros would save next to nothing, and every one of its
-# outputs counts.
-SMALL_HEAD = 64
-
-_SPARED_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    (
-        "the model's output head",
-        re.compile(
-            r"(^|[./_])(lm_head|embed_out|output_projection|proj_out|classifier|qa_outputs|score)([./_]|$)", re.I
-        ),
-    ),
-    (
-        "an embedding",
-        re.compile(r"(^|[./_])(embeddings?|embed_tokens|embed_in|word_embeddings?|wte|wpe)\.?(weight)?$", re.I),
-    ),
-)
-
-# A head has many more outputs than inputs (a vocabulary); a block's last projection does not.
-_VOCABULARY_RATIO = 4
-
-
-def spared_because(layer: LinearLayer) -> str:
-    """Why a layer is not pruned unless the user names it; empty if it may be.
-
-    Rules:
-
-    1. Its name (of the weight, the module or the node) is that of an output head or an embedding; or it chooses experts
-       (see ``routers.chooses_experts``).
-    2. Its weight is also looked up by a Gather: it is a tied embedding.
-    3. It has fewer than 64 inputs or outputs: a small head.
-    4. A TopK takes its result, directly or behind a Softmax or Sigmoid.
-    5. Its result is a graph output, directly or behind a Softmax or the like, and it has at least four times as many
-       outputs as inputs: it predicts over a vocabulary.
-    """
-    names = [layer.weight.name, layer.node.name or "", scope_of(layer.node) or ""]
-    for what, pattern in _SPARED_NAMES:
-        if any(pattern.search(name) for name in names):
-            return f"It is {what} by its name."
-    if chooses_experts(layer):
-        return "It chooses experts."
-    if any(node.op_type.startswith("Gather") for node in layer.weight.root.consumers()):
-        return "Its weight is also an embedding."
-    if min(layer.k, layer.n) < SMALL_HEAD:
-        return f"It is a small head ({layer.k} x {layer.n})."
-    if is_ranked(layer.output):
-        return "Its largest outputs are picked."
-    if layer.n >= _VOCABULARY_RATIO * layer.k and any(value.is_graph_output() for value in predictions(layer.output)):
-        return "It is the model's output head."
-    return ""
 
 
 def zeros_wanted(size: int, sparsity: float) -> int:
@@ -77,6 +27,13 @@ def zeros_wanted(size: int, sparsity: float) -> int:
     if not 0.0 <= sparsity < 1.0:
         raise SparamxError(f"The sparsity must be at least 0 and below 1, not {sparsity:g}.")
     return int(sparsity * size + 0.5)
+
+
+def prune_by_magnitude(sparsity: float, pattern: Pattern | None) -> Pruner:
+    """Sets the smallest weights to zero, in a pattern or to a sparsity."""
+    if pattern is not None:
+        return functools.partial(prune_to_pattern, pattern=pattern)
+    return functools.partial(prune_magnitude, sparsity=sparsity)
 
 
 def prune_magnitude(w: npt.NDArray[np.generic], sparsity: float) -> npt.NDArray[np.generic]:

@@ -42,7 +42,7 @@ class OutputProbe:
     """
 
     def __init__(
-        self, model: ir.Model, groups: Sequence[LayerGroup], sample: Mapping[int, Feeds], folder: Path, threads: int = 0
+        self, model: ir.Model, groups: Sequence[LayerGroup], sample: Mapping[int, Feeds], folder: Path
     ) -> None:
         """Opens the model and computes its outputs.
 
@@ -51,7 +51,6 @@ class OutputProbe:
             groups: From ``layer_groups``.
             sample: Inputs of the model, by the number of the run that they belong to.
             folder: Where the model is written.
-            threads: Threads of ONNX Runtime; 0 takes one per core.
 
         Raises:
             SparamxError: ONNX Runtime cannot run the model, or no output holds floating-point numbers.
@@ -69,8 +68,7 @@ class OutputProbe:
         self._changes = _add_changes(copy, results)
         self._outputs = piece.outputs
         self._sample = {run: {name: feeds[name] for name in piece.inputs} for run, feeds in sample.items()}
-        self._threads = threads
-        self._session = open_session(copy, folder / "probe.onnx", threads)
+        self._session = open_session(copy, folder / "probe.onnx")
         self._expected = {run: self._run(run, {}) for run in self._sample}
 
     def damage(

@@ -30,6 +30,10 @@ class WeightType(StrEnum):
     INT4 = "int4"
 
 
+QUANTIZED: Final = (WeightType.INT8, WeightType.INT4)
+"""The types that are codes with scales; which weights are zero in them depends on the scales, so on all others."""
+
+
 class Form(StrEnum):
     """How a matrix is stored. ``AUTO`` takes the smaller of the two."""
 
@@ -132,8 +136,6 @@ _SECTION_OFFSETS, _SECTION_VALUES = 1, 3
 _N_AT, _SECTION_COUNT_AT = 32, 76
 _EMPTY = np.zeros(0, np.uint8)
 _CODE_BYTES = {WeightType.FP32: 4, WeightType.BF16: 2, WeightType.INT8: 1}
-# Types whose zeros can be told weight by weight.
-_COUNTED = (WeightType.FP32, WeightType.BF16)
 _SCALE_BYTES = {WeightType.INT8: 4}
 _TILE_ROWS = 16
 _STRIP = 16
@@ -197,7 +199,7 @@ def count_nonzero(w: npt.NDArray[np.generic], weight_type: WeightType) -> int:
     Raises:
         SparamxError: The weight type is quantized: which weights become zero depends on the scales, so on all others.
     """
-    if weight_type not in _COUNTED:
+    if weight_type in QUANTIZED:
         raise SparamxError(f"The non-zeros of {weight_type.value} weights are known once they are packed.")
     flat = w.transpose(sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))).reshape(-1)
     bits: npt.NDArray[np.unsignedinteger] = flat.view(np.uint32 if flat.dtype.itemsize == 4 else np.uint16)
@@ -313,7 +315,7 @@ def pack(w: npt.NDArray[np.generic], options: PackOptions, scales: npt.NDArray[n
 
 def _size_to_allocate(w: npt.NDArray[np.generic], options: PackOptions) -> int:
     """What packed_size gives; where the non-zeros can be counted without packing's detour through tiles, from those."""
-    is_predicted = options.weight_type in _COUNTED and w.ndim == 2 and w.dtype in _SOURCE_DTYPES
+    is_predicted = options.weight_type not in QUANTIZED and w.ndim == 2 and w.dtype in _SOURCE_DTYPES
     if is_predicted and (w.flags.c_contiguous or w.flags.f_contiguous):
         k, n = w.shape
         return expected_size(k, n, count_nonzero(w, options.weight_type), options.weight_type, options.form)[0]

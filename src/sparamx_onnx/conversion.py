@@ -14,6 +14,7 @@ from sparamx_onnx.feeds import read_calibration
 from sparamx_onnx.genai_folder import FolderOutput
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
+from sparamx_onnx.graph_passes.options import Allocation, AttentionMode, ConvertOptions, Method
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.graph_passes.write import data_path, save
@@ -141,12 +142,12 @@ def convert(
             sentence that names what is wrong.
     """
     start = time.monotonic()
-    options = pipeline.ConvertOptions(
+    options = ConvertOptions(
         # Strings, as ConvertOptions takes them too: it checks them, in words.
-        method=cast(pipeline.Method, method),
+        method=cast(Method, method),
         sparsity=sparsity,
         pattern=None if pattern is None else Pattern.parse(pattern),
-        allocation=cast(pipeline.Allocation, allocation),
+        allocation=cast(Allocation, allocation),
         calibrated=calibration is not None,
         weights=cast(WeightType | None, weights),
         group_size=group_size,
@@ -154,14 +155,14 @@ def convert(
         include=tuple(include),
         exclude=tuple(exclude),
         fuse_siblings=cast(FuseSiblings, fuse_siblings),
-        attention=cast(pipeline.AttentionMode, attention),
+        attention=cast(AttentionMode, attention),
         k_sparsity=k_sparsity,
         v_sparsity=v_sparsity,
         sink=sink,
         recent=recent,
     )
     destination = _destination(Path(model), None if output is None else Path(output))
-    if isinstance(destination, FolderOutput) and options.attention is pipeline.AttentionMode.PACKED:
+    if isinstance(destination, FolderOutput) and options.attention is AttentionMode.PACKED:
         raise SparamxError(f"{os.fspath(model)}: onnxruntime-genai has no packed caches; choose the attention fast")
     loaded = load_model(model)
     if not dry_run:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.pack_cache import PackedCache, packed_caches
 from sparamx_onnx.graph_passes.plan import Plan, Reason
 from sparamx_onnx.loading import load_model
@@ -71,7 +72,7 @@ def inspect(model: str | os.PathLike[str], *, progress: Report | None = None) ->
     loaded = load_model(model)
     record = conversion_record(loaded.model)
     caches = tuple(packed_caches(loaded.model))
-    plan = pipeline.run(loaded.model, pipeline.ConvertOptions(), byte_report(progress, "reading weights"))
+    plan = pipeline.run(loaded.model, ConvertOptions(), byte_report(progress, "reading weights"))
     done = [node for node in plan if node.reason is Reason.ALREADY_CONVERTED]
     for node in done:
         if node.k is not None and node.n is not None:

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparamx_onnx.graph_passes import pipeline, write
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.plan import NodePlan, Plan
 from sparamx_onnx.ops import library
 

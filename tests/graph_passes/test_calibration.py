@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from sparamx_onnx.graph_passes import calibration as module
 from sparamx_onnx.graph_passes import pipeline, write
 from sparamx_onnx.graph_passes.calibration import calibrate, layer_groups
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.prune_sparsegpt import SparseGpt
 from sparamx_onnx.graph_passes.prune_wanda import Wanda
 from sparamx_onnx.graph_passes.taken_branches import with_taken_branches

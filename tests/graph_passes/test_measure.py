@@ -11,7 +11,8 @@ import pytest
 from onnx import helper
 
 from sparamx_onnx.graph_passes import mapped
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions, Reading, run
+from sparamx_onnx.graph_passes.options import ConvertOptions
+from sparamx_onnx.graph_passes.pipeline import Reading, run
 from sparamx_onnx.graph_passes.plan import NodePlan
 
 K, N = 2304, 2048

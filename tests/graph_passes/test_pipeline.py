@@ -11,7 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from sparamx_onnx.graph_passes import measure, pipeline
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions, Method, Reading, run
+from sparamx_onnx.graph_passes.options import ConvertOptions, Method
+from sparamx_onnx.graph_passes.pipeline import Reading, run
 from sparamx_onnx.graph_passes.plan import Action, Reason
 from sparamx_onnx.graph_passes.prune_magnitude import prune_magnitude
 from sparamx_onnx.ops import library, packing
@@ -58,7 +59,6 @@ def test_defaults() -> None:
         "exclude": [],
         "fuse_siblings": "auto",
         "attention": "keep",
-        "only_if_faster": False,
     }
 
 
@@ -267,19 +267,6 @@ def test_sparse_initializers_are_refused(make_model) -> None:
         run(ir.from_proto(proto), ConvertOptions())
 
 
-@pytest.mark.parametrize(("weights", "left"), [("fp32", [True, True, False]), ("bf16", [False, False, False])])
-def test_only_if_faster(workbench, make_model, sparse, weights, left) -> None:
-    proto = _stack(make_model, {f"w{i}": sparse((128, 128), s) for i, s in enumerate((0.0, 0.1, 0.5))})
-    for reading in Reading:
-        plan = run(ir.from_proto(proto), ConvertOptions(only_if_faster=True, weights=weights), reading=reading)
-        assert [n.reason is Reason.NOT_FASTER for n in plan] == left
-    converted = workbench.convert(proto, only_if_faster=True, weights=weights)
-    assert converted.op_types.count("MatMul") == sum(left)
-    # Without pruning the weights are dense; by magnitude, all of them gain.
-    plan = run(ir.from_proto(proto), ConvertOptions(only_if_faster=True, weights=weights, method="magnitude"))
-    assert len(plan.converted) == 3
-
-
 def test_magnitude_spares_heads_unless_they_are_named(workbench, make_model, sparse) -> None:
     matrices = {"fc.weight": sparse((96, 128), 0.0), "lm_head.weight": sparse((128, 96), 0.0)}
     proto = _stack(make_model, matrices)
@@ -369,5 +356,4 @@ def test_the_record_in_the_model(workbench, make_model, sparse) -> None:
         "exclude": [],
         "fuse_siblings": "auto",
         "attention": "keep",
-        "only_if_faster": False,
     }

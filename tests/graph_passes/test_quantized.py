@@ -16,6 +16,7 @@ from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.plan import Action, Reason
 from sparamx_onnx.ops import packing
 from sparamx_onnx.session import InferenceSession
@@ -510,7 +511,7 @@ def test_the_types_that_were_kept_are_recorded(workbench, make_model, sparse) ->
     options = json.loads(record[pipeline.OPTIONS_KEY])
     assert (options["weights"], options["kept"]) == ("bf16", ["int8"])
     # The plan in advance is what happens.
-    planned = pipeline.run(ir.from_proto(proto), pipeline.ConvertOptions())
+    planned = pipeline.run(ir.from_proto(proto), ConvertOptions())
     assert planned.to_json()["nodes"] == converted.plan.to_json()["nodes"]
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import sparamx_onnx
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.plan import Action
 from sparamx_onnx.ops import library
 from sparamx_onnx.reports import conversion_text

@@ -13,7 +13,7 @@ from onnx import helper
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.allocate_sparsity import allocate, cost_curve
 from sparamx_onnx.graph_passes.calibration import calibrate, layer_groups
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.sensitivity import OutputProbe
 from sparamx_onnx.ops.errors import SparamxError
 

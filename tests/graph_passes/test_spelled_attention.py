@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.plan import Action
 
 HEADS, SIZE, VALUE_SIZE = 4, 16, 24

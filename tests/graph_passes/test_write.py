@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparamx_onnx.graph_passes import pipeline, write
-from sparamx_onnx.graph_passes.pipeline import ConvertOptions
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.ops.errors import SparamxError
 
 K, N = 96, 80
@@ -288,6 +288,7 @@ MEASURED_CONVERSION = """
 import json, sys, threading, time
 import numpy, onnx_ir
 from sparamx_onnx.graph_passes import pipeline, write
+from sparamx_onnx.graph_passes.options import ConvertOptions
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -305,7 +306,7 @@ before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
 model = onnx_ir.load(source)
-plan = pipeline.run(model, pipeline.ConvertOptions(**options))
+plan = pipeline.run(model, ConvertOptions(**options))
 write.save(model, target)
 running = False
 thread.join()
