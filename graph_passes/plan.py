@@ -190,6 +190,11 @@ class NodePlan:
         return 1.0 - nnz / (self.k * self.n) if nnz is not None and self.k and self.n else None
 
     @property
+    def label(self) -> str:
+        """The name by which people know it: the module's, or else the node's or the weight's."""
+        return self.scope or self.node or self.weight or "?"
+
+    @property
     def text(self) -> str:
         """The reason in words, with the detail."""
         return f"{self.reason.text} {self.detail}".rstrip()
@@ -266,6 +271,16 @@ class Plan:
     def left_alone(self) -> list[NodePlan]:
         """The nodes that stay as they are."""
         return [node for node in self.nodes if node.action is Action.LEFT_ALONE]
+
+    @property
+    def already_converted(self) -> list[NodePlan]:
+        """The nodes that are sparse operators in the input model."""
+        return [node for node in self.nodes if node.reason is Reason.ALREADY_CONVERTED]
+
+    @property
+    def unconverted(self) -> list[NodePlan]:
+        """The nodes that stay what ONNX Runtime itself multiplies."""
+        return [node for node in self.left_alone if node.reason is not Reason.ALREADY_CONVERTED]
 
     @property
     def reasons(self) -> dict[Reason, int]:

@@ -13,14 +13,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from sparamx_onnx.ops.errors import SparamxError
-
-if TYPE_CHECKING:
-    pass
 
 _DEBUG = "SPARAMX_DEBUG"
 _DONE, _FAILED, _UNUSABLE, _INTERRUPTED = 0, 1, 2, 130
@@ -74,11 +71,35 @@ def run(arguments: list[str]) -> int:
 
 
 class _Examples(click.Command):
-    """A command whose help ends with examples: (command line, what it does)."""
+    """A command whose help has its options in sections and ends with examples.
 
-    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]], **kwargs: Any) -> None:
+    Args:
+        examples: Pairs of a command line and what it does.
+        sections: Pairs of a title and the names of its first options, in the order of declaration; those before the
+            first are under "Options".
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        examples: Sequence[tuple[str, str]],
+        sections: Sequence[tuple[str, str]] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._examples = examples
+        self._titles = {first: title for title, first in sections}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        title, sections = "Options", dict[str, list[tuple[str, str]]]()
+        for parameter in self.get_params(ctx):
+            title = self._titles.get(parameter.name or "", title)
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
@@ -92,6 +113,10 @@ class _Group(_Examples, click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 @click.group(
@@ -145,15 +170,15 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
         ),
         ("sparamx-onnx convert model.onnx --exclude lm_head --dry-run", "what would happen; writes nothing"),
     ),
+    sections=(
+        ("Pruning", "method"),
+        ("Packed weights", "weights"),
+        ("Which layers", "include"),
+        ("Attention", "attention"),
+        ("Output", "output"),
+    ),
 )
 @click.argument("model")
-@click.option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    help="The file to write; NAME.sparse.onnx beside MODEL by default. For a folder, the folder to write; MODEL.sparse"
-    " by default.",
-)
 @click.option(
     "--method",
     type=click.Choice(["auto", "keep", "magnitude", "wanda", "sparsegpt"]),
@@ -170,6 +195,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 )
 @click.option(
     "--sparsity",
+    metavar="SHARE",
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of zeros per weight, where weights are pruned. An output layer is pruned only if --include matches it."
     "  [default: 0.5]",
@@ -177,7 +203,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.option(
     "--pattern",
     type=click.Choice(["2:4", "4:8"]),
-    help="Prune in this pattern (2 or 4 of 4 or 8 consecutive weights stay) instead of to --sparsity.",
+    help="Prune in this pattern instead of to --sparsity. 2:4: of 4 consecutive weights of an output at most 2 stay.",
 )
 @click.option(
     "--allocation",
@@ -195,7 +221,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 )
 @click.option(
     "--group-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
+    type=click.Choice([16, 32, 64, 128, 256]),
     help="For int4: weights that share a scale. Smaller is more accurate and larger.  [default: 32]",
 )
 @click.option(
@@ -232,23 +258,34 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 )
 @click.option(
     "--k-sparsity",
+    metavar="SHARE",
     type=click.FloatRange(0, 1, max_open=True),
     help="For packed attention: the part of old keys that is pruned.  [default: 0.3]",
 )
 @click.option(
     "--v-sparsity",
+    metavar="SHARE",
     type=click.FloatRange(0, 1, max_open=True),
     help="For packed attention: the part of old values that is pruned.  [default: 0.5]",
 )
 @click.option(
     "--sink",
+    metavar="N",
     type=click.IntRange(0),
     help="For packed attention: so many first tokens are never pruned.  [default: 64]",
 )
 @click.option(
     "--recent",
+    metavar="N",
     type=click.IntRange(0),
     help="For packed attention: so many last tokens are not pruned yet.  [default: 64]",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    help="The file to write; NAME.sparse.onnx beside MODEL by default. For a folder, the folder to write; MODEL.sparse"
+    " by default.",
 )
 @click.option(
     "--report",
@@ -258,35 +295,15 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @click.option("--force", is_flag=True, help="Replace the output and the report if they exist.")
 @_json_option
-def convert(
-    model: str,
-    output: str | None,
-    method: str,
-    calibration: str | None,
-    sparsity: float | None,
-    pattern: str | None,
-    allocation: str,
-    weights: str | None,
-    group_size: str | None,
-    scale_type: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    fuse_siblings: str,
-    attention: str,
-    k_sparsity: float | None,
-    v_sparsity: float | None,
-    sink: int | None,
-    recent: int | None,
-    report: str | None,
-    dry_run: bool,
-    force: bool,
-    as_json: bool,
-) -> int:
+def convert(model: str, output: str | None, method: str, as_json: bool, **options: Any) -> int:
     """Rewrites the linear layers of MODEL as sparse operators.
 
     Writes OUT and OUT.data; MODEL is never changed. A MatMul or Gemm with a constant weight is converted, or listed
     with the reason why it was left alone; with --attention fast or packed, attention operators too. For a model that is
     converted already or has nothing to convert nothing is written.
+
+    The more zeros the weights have, the smaller and faster they become ('sparamx-onnx inspect' counts them). A model
+    without zeros gains by the type of its weights alone; --calibration prunes it.
 
     Where MODEL is a folder of onnxruntime-genai (with genai_config.json), OUT is a folder that it can run: the decoder
     is converted, the library lies beside it, and everything else is copied.
@@ -298,30 +315,7 @@ def convert(
     if method == "magnitude":
         click.echo(_MAGNITUDE_WARNING, err=True)
     with progress_bar() as progress:
-        result = do_convert(
-            model,
-            output,
-            method=method,
-            sparsity=sparsity,
-            pattern=pattern,
-            allocation=allocation,
-            calibration=calibration,
-            weights=weights,
-            group_size=None if group_size is None else int(group_size),
-            scale_type=scale_type,
-            include=include,
-            exclude=exclude,
-            fuse_siblings=fuse_siblings,
-            attention=attention,
-            k_sparsity=k_sparsity,
-            v_sparsity=v_sparsity,
-            sink=sink,
-            recent=recent,
-            report=report,
-            force=force,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        result = do_convert(model, output, method=method, progress=progress, **options)
     _print(result, conversion_text, as_json)
     return _DONE
 
@@ -369,6 +363,7 @@ def inspect(model: str, as_json: bool) -> int:
 @click.option("--inputs", metavar="FILE.npz", help="One array per input, by name; random inputs by default.")
 @click.option(
     "--tolerance",
+    metavar="ERROR",
     type=click.FloatRange(0),
     help="Largest relative error that passes.  [default: 1e-4 for fp32 weights, 2e-2 for bf16,"
     " 0.15 for int8, 0.6 for int4]",
@@ -376,7 +371,7 @@ def inspect(model: str, as_json: bool) -> int:
 @click.option("--layers", is_flag=True, help="Also compare the result of every sparse operator, and name the worst.")
 @_json_option
 def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None, layers: bool, as_json: bool) -> int:
-    """Runs DENSE and SPARSE on the same inputs and compares the outputs.
+    """Runs DENSE, a model as it was, and SPARSE, its converted form, on the same inputs and compares the outputs.
 
     Per output: relative error (max |difference| / max |reference|), the lowest cosine between vectors, and how often
     the largest element is the same. Exit code 1 if an error is past the tolerance.
@@ -402,19 +397,26 @@ def verify(dense: str, sparse: str, inputs: str | None, tolerance: float | None,
 )
 @click.argument("model")
 @click.option("--against", metavar="OTHER", help="Another model with the same inputs to compare with.")
-@click.option("--batch", type=click.IntRange(1), help="Rows per run.  [default: 1]")
+@click.option("--batch", metavar="N", type=click.IntRange(1), help="Rows per run.  [default: 1]")
 @click.option(
     "--length",
+    metavar="N",
     type=click.IntRange(1),
     help="Tokens per row; for a model with a key-value cache, tokens in the cache.  [default: 128]",
 )
 @click.option(
-    "--prompt", type=click.IntRange(1), help="For a decoder: time prompts of so many tokens, up to the first new one."
+    "--prompt",
+    metavar="N",
+    type=click.IntRange(1),
+    help="For a decoder: time prompts of so many tokens, up to the first new one.",
 )
 @click.option(
-    "--context", type=click.IntRange(0), help="For a decoder: time steps after so many tokens, over a cache in place."
+    "--context",
+    metavar="N",
+    type=click.IntRange(0),
+    help="For a decoder: time steps after so many tokens, over a cache in place.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads to run with.  [default: one per core]")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="Threads to run with.  [default: one per core]")
 @click.option("--report", metavar="FILE.html", help="With --prompt or --context: write a page with charts.")
 @click.option("--force", is_flag=True, help="Replace the report if it exists.")
 @_json_option
@@ -438,8 +440,9 @@ def bench(
     A model with a key-value cache is timed on one run of the graph, a step of one token, whose result goes to new
     memory as a caller without a cache in place gets it. With --prompt and --context it is timed as a decoder is used.
     """
+    from sparamx_onnx.benchmark import Benchmark
     from sparamx_onnx.benchmark import bench as do_bench
-    from sparamx_onnx.generation_benchmark import bench_generation
+    from sparamx_onnx.generation_benchmark import GenerationBenchmark, bench_generation
     from sparamx_onnx.progress import progress_bar
     from sparamx_onnx.reports import benchmark_text, generation_text
 
@@ -448,23 +451,23 @@ def bench(
         raise click.UsageError("--length is for a single run; leave it out with --prompt or --context")
     if report is not None and not generates:
         raise click.UsageError("--report needs --prompt or --context")
+    result: Benchmark | GenerationBenchmark
     with progress_bar() as progress:
         if not generates:
             result = do_bench(model, against, batch=batch, length=length, threads=threads, progress=progress)
-            _print(result, benchmark_text, as_json)
-            return _DONE
-        generation = bench_generation(
-            model,
-            against,
-            prompt=prompt,
-            context=context,
-            batch=batch or 1,
-            threads=threads,
-            report=report,
-            force=force,
-            progress=progress,
-        )
-    _print(generation, generation_text, as_json)
+        else:
+            result = bench_generation(
+                model,
+                against,
+                prompt=prompt,
+                context=context,
+                batch=batch or 1,
+                threads=threads,
+                report=report,
+                force=force,
+                progress=progress,
+            )
+    _print(result, generation_text if generates else benchmark_text, as_json)
     return _DONE
 
 

@@ -15,7 +15,7 @@ from sparamx_onnx.genai_folder import FolderOutput
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
 from sparamx_onnx.graph_passes.options import Allocation, AttentionMode, ConvertOptions, Method
-from sparamx_onnx.graph_passes.plan import Plan, Reason
+from sparamx_onnx.graph_passes.plan import Plan
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.graph_passes.write import data_path, save
 from sparamx_onnx.html_report import report_page
@@ -61,6 +61,12 @@ class ConversionResult:
     seconds: float
     plan: Plan
     kernels: Mapping[str, Mapping[str, str]]
+
+    @property
+    def nothing_to_do(self) -> str:
+        """Why nothing was written, as the rest of a sentence about the model."""
+        what = "is converted already" if self.already_converted else "has no linear layer to convert"
+        return f"{what}; nothing was written."
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -194,7 +200,7 @@ def convert(
         data=os.fspath(data_path(destination.model)) if plan.changes and (saved is None or saved.data_bytes) else None,
         written=saved is not None,
         dry_run=dry_run,
-        already_converted=not plan.changes and any(node.reason is Reason.ALREADY_CONVERTED for node in plan),
+        already_converted=not plan.changes and bool(plan.already_converted),
         bytes_before=loaded.bytes_on_disk,
         bytes_after=None if saved is None else saved.model_bytes + saved.data_bytes,
         prediction=predict(plan) if dry_run else None,

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
-from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
+from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan
 from sparamx_onnx.html_page import Cell, bar_chart, code, number_cell, page, table, text_cell
 from sparamx_onnx.tables import duration, percent, size
 
@@ -42,8 +42,7 @@ def report_page(result: ConversionResult) -> str:
 
 def _verdict(result: ConversionResult) -> str:
     if not result.plan.changes:
-        what = "is converted already" if result.already_converted else "has no linear layer to convert"
-        return f"The model {what}; nothing was written."
+        return f"The model {result.nothing_to_do}"
     if result.dry_run:
         sentence = "" if result.prediction is None else f" {result.prediction.text}"
         return f"A dry run: nothing was written, and sizes are predicted.{sentence}"
@@ -53,13 +52,13 @@ def _verdict(result: ConversionResult) -> str:
 def _summary(result: ConversionResult) -> str:
     plan = result.plan
     done = plan.converted
-    already = sum(node.reason is Reason.ALREADY_CONVERTED for node in plan)
+    already = len(plan.already_converted)
     rows = [
         ("Files", size(result.bytes_before), size(result.bytes_after)),
         ("Weights of the converted layers", size(plan.bytes_before), size(plan.bytes_after)),
         ("Zeros in them", percent(_share(done, "nnz_before")), percent(_share(done, "nnz"))),
         ("Linear layers that are sparse operators", str(already), str(already + len(done))),
-        ("Matrix products left alone", "", str(len(plan.left_alone) - already)),
+        ("Matrix products left alone", "", str(len(plan.unconverted))),
     ]
     if plan.attention:
         rows.append(("Attention operators replaced", "", str(len(plan.converted_attention))))
@@ -103,14 +102,14 @@ def _charts(plan: Plan) -> str:
         sizes = [
             (
                 [float(node.bytes_before or 0), float(node.bytes_after or 0)],
-                f"{_name(node)}: {size(node.bytes_before)} → {size(node.bytes_after)}",
+                f"{node.label}: {size(node.bytes_before)} → {size(node.bytes_after)}",
             )
             for node in nodes
         ]
         key = '<p><span class="key" style="background: var(--before)"></span>before'
         key += '<span class="key" style="background: var(--after)"></span>after</p>'
         parts.append("<h2>Bytes per layer</h2>" + key + bar_chart(sizes, lambda value: size(round(value))))
-    errors = [([node.error], f"{_name(node)}: {_error(node)}") for node in nodes if node.error is not None]
+    errors = [([node.error], f"{node.label}: {_error(node)}") for node in nodes if node.error is not None]
     if errors:
         parts.append("<h2>Error per layer</h2>" + _ERROR_MEANING + bar_chart(errors, "{:.2g}".format))
     return "\n".join(parts)
@@ -131,7 +130,7 @@ def _layers(plan: Plan) -> str:
     rows = []
     for node in plan.converted:
         row = [
-            Cell(code(_name(node))),
+            Cell(code(node.label)),
             text_cell(node.op_type),
             number_cell(node.k, _plain),
             number_cell(node.n, _plain),
@@ -171,10 +170,10 @@ def _notes(node: NodePlan) -> str:
 
 
 def _left_alone(plan: Plan) -> str:
-    nodes = [node for node in plan.left_alone if node.reason is not Reason.ALREADY_CONVERTED]
+    nodes = plan.unconverted
     if not nodes:
         return ""
-    rows = [[Cell(code(_name(node))), text_cell(node.op_type), text_cell(node.text)] for node in nodes]
+    rows = [[Cell(code(node.label)), text_cell(node.op_type), text_cell(node.text)] for node in nodes]
     counts = "".join(
         f"<li>{sum(node.reason is reason for node in nodes)}: {escape(reason.text)}</li>"
         for reason in plan.reasons
@@ -213,7 +212,3 @@ def _plain(number: int | None) -> str:
 
 def _error(node: NodePlan) -> str:
     return "-" if node.error is None else f"{node.error:.4f}"
-
-
-def _name(node: NodePlan) -> str:
-    return node.scope or node.node or node.weight or "?"

@@ -14,7 +14,7 @@ from sparamx_onnx.environment import kernels_here
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.pack_cache import PackedCache, packed_caches
-from sparamx_onnx.graph_passes.plan import Plan, Reason
+from sparamx_onnx.graph_passes.plan import Plan
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.progress import Report, byte_report
 
@@ -73,11 +73,12 @@ def inspect(model: str | os.PathLike[str], *, progress: Report | None = None) ->
     record = conversion_record(loaded.model)
     caches = tuple(packed_caches(loaded.model))
     plan = pipeline.run(loaded.model, ConvertOptions(), byte_report(progress, "reading weights"))
-    done = [node for node in plan if node.reason is Reason.ALREADY_CONVERTED]
-    for node in done:
+    for node in plan.already_converted:
         if node.k is not None and node.n is not None:
             node.bytes_before = _FP32_BYTES * node.k * node.n
-    return Inspection(os.fspath(model), loaded.bytes_on_disk, record, len(done), plan, caches, kernels_here(plan))
+    return Inspection(
+        os.fspath(model), loaded.bytes_on_disk, record, len(plan.already_converted), plan, caches, kernels_here(plan)
+    )
 
 
 def conversion_record(model: ir.Model) -> dict[str, Any]:

@@ -34,8 +34,7 @@ def conversion_text(result: ConversionResult) -> str:
     """What was converted, layer by layer, and where it is."""
     plan = result.plan
     if not plan.changes:
-        what = "is converted already" if result.already_converted else "has no linear layer to convert"
-        return _paragraphs(*_left_alone(plan), f"{result.model} {what}; nothing was written.{_report(result)}")
+        return _paragraphs(*_left_alone(plan), f"{result.model} {result.nothing_to_do}{_report(result)}")
     what = _both(plan)
     weights = f"weights {size(plan.bytes_before)} -> {size(plan.bytes_after)}" if plan.converted else ""
     if not result.written:
@@ -80,7 +79,7 @@ def _both(plan: Plan) -> str:
 def inspection_text(result: Inspection) -> str:
     """What a model is made of."""
     plan = result.plan
-    done = [node for node in plan if node.reason is Reason.ALREADY_CONVERTED]
+    done = plan.already_converted
     parts = [_layers(done)] if done else []
     if plan.converted:
         parts.append(_layers(plan.converted))
@@ -90,7 +89,7 @@ def inspection_text(result: Inspection) -> str:
         record = f" Converted by sparamx-onnx {result.record['version']} ({options})."
     counts = [
         f"{len(nodes)} {what}"
-        for nodes, what in ((done, "converted"), (plan.converted, "convertible"), (_others(plan), "left alone"))
+        for nodes, what in ((done, "converted"), (plan.converted, "convertible"), (plan.unconverted, "left alone"))
         if nodes
     ]
     last = f"{result.model}: {size(result.bytes_on_disk)}; {', '.join(counts) or 'no matrix products'}.{record}"
@@ -287,7 +286,7 @@ def _on_this_cpu(kernels: Mapping[str, Mapping[str, str]]) -> str:
 def _layers(nodes: Sequence[NodePlan]) -> str:
     rows = [
         [
-            node.scope or node.node or node.weight or "?",
+            node.label,
             "-" if node.k is None else f"{node.k} x {node.n}",
             _about(node) + percent(node.sparsity),
             size(node.bytes_before),
@@ -319,9 +318,9 @@ def _packed(node: NodePlan) -> str:
 
 def _left_alone(plan: Plan) -> list[str]:
     """The nodes that stay as they are, and what each of the reasons means."""
-    nodes = _others(plan)
+    nodes = plan.unconverted
     rows = [
-        [node.scope or node.node or "?", node.op_type, node.reason.value.replace("_", " ")]
+        [node.label, node.op_type, node.reason.value.replace("_", " ")]
         for node in nodes
         if node.reason not in _ONLY_COUNTED
     ]
@@ -345,10 +344,6 @@ def _attention_left_alone(plan: Plan) -> list[str]:
 
 def _count(nodes: Sequence[NodePlan | AttentionPlan], what: str) -> str:
     return f"{len(nodes)} {what}{'' if len(nodes) == 1 else 's'}"
-
-
-def _others(plan: Plan) -> list[NodePlan]:
-    return [node for node in plan.left_alone if node.reason is not Reason.ALREADY_CONVERTED]
 
 
 def _paragraphs(*parts: str) -> str:
