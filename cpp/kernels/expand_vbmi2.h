@@ -25,18 +25,18 @@ SPARAMX_INLINE void ExpandWords(Cursor* cursor, uint8_t* out) {
     cursor->values = values + 16 * 64;
     return;
   }
-  Prefetch(cursor->masks + kPrefetchBytes / 8);
+  const uint8_t* const masks = cursor->masks;
+  Prefetch(masks + kPrefetchBytes / 8);
 #pragma GCC unroll 16
   for (int row = 0; row < 16; row += 2) {
-    const uint64_t masks = LoadU64(cursor->masks + 4 * row);
-    const uint32_t low = static_cast<uint32_t>(masks), high = static_cast<uint32_t>(masks >> 32);
+    const uint32_t low = LoadU32(masks + 4 * row), high = LoadU32(masks + 4 * row + 4);
     const uint8_t* second = values + 2 * static_cast<size_t>(__builtin_popcount(low));
     _mm512_store_si512(out + row * 64, _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(values)));
     _mm512_store_si512(out + row * 64 + 64, _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(second)));
     Prefetch(values + kPrefetchBytes);
-    values += 2 * static_cast<size_t>(__builtin_popcountll(masks));
+    values += 2 * static_cast<size_t>(__builtin_popcountll(LoadU64(masks + 4 * row)));
   }
-  cursor->masks += 64;
+  cursor->masks = masks + 64;
   cursor->values = values;
 }
 

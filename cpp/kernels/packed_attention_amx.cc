@@ -4,11 +4,12 @@
 // Up to 16 rows go through up to 8 blocks: first all keys, then softmax, then all values. Up to 5 rows (decode), the
 // parts of their numbers are rows of one tile, so that a tile of keys takes one product; beyond, parts are tiles whose
 // products are added up.
-// Tiles (palette 1): keys: 0-3 sums (4 strips), 4 queries, 6 keys. Values: 0-1 sums, 2-5 weights (2 parts x 32 keys),
-// 6-7 values; sums pass from block to block through memory.
-// Per packed tile: expansion 16 x (kmovd + vpexpandw) = 48 cycles of port 5, two tiles ahead of the product, which
-// takes 16 cycles on a unit of its own whatever its rows are, and two tile loads of 8 cycles. Softmax of 4 rows takes
-// 170 cycles a block.
+// Tiles (palette 1): keys: 0-1 sums, 2-5 queries where four tiles hold them (128 numbers) and parts are rows, else 4
+// one of them, 6-7 keys. Values: 0-1 sums, 2-5 weights (2 parts x 32 keys), 6-7 values; sums pass from block to block
+// through memory.
+// Per packed tile, in cycles: expansion 50, which is port 5's time for 16 x (kmovd + vpexpandw), with its other work
+// 56, and 20 to 30 more for loading it, a product of 16 on a unit of its own, and what is stored. Softmax of 4 rows
+// takes 280 a block; a block of 128 numbers 3000 in all (measured with all of it in the L2).
 #include "kernels/amx_tiles.h"
 #include "kernels/attention_softmax.h"
 #include "kernels/expand_vbmi2.h"
@@ -18,8 +19,10 @@ namespace sparamx {
 namespace {
 
 constexpr size_t kTileDepth = TileK(WeightType::kBf16);
-constexpr size_t kMostParts = 3;
-constexpr size_t kStackedRows = kTileRows / kMostParts;
+constexpr size_t kQueryParts = 3;
+constexpr size_t kWeightParts = 2;
+constexpr size_t kStackedRows = kTileRows / kQueryParts;
+constexpr size_t kHeldTiles = 4;  // of queries that stay in registers
 constexpr size_t kKeyStrips = kKeyBlock / kStripColumns;
 constexpr size_t kVectors = kKeyBlock / kVecFloats;
 constexpr size_t kScoreBytes = kKeyBlock * sizeof(float);  // a row of scores of a block
@@ -30,10 +33,6 @@ static_assert(kKeyStrips == 4 && kKeyBlock == 2 * kTileDepth, "the tile numbers 
 
 // Where the parts of a number are.
 enum class Parts { kStacked, kTiles };
-
-// How many parts weights have: where they cost nothing, as many as queries.
-template <Parts P>
-constexpr size_t kWeightParts = P == Parts::kStacked ? kMostParts : 2;
 
 // Where things lie in a job's scratch.
 struct Scratch {
@@ -54,10 +53,10 @@ struct Scratch {
     };
     query_bytes = CeilDiv(key_size, kTileDepth) * kTileRowBytes;
     ring = take(kRing * kTileBytes);
-    queries = take(kMostParts * kTileRows * query_bytes);
+    queries = take(kQueryParts * kTileRows * query_bytes);
     products = reinterpret_cast<float*>(take(2 * kTileRows * kScoreBytes));
     scores = reinterpret_cast<float*>(take(kPackedBlocks * kTileRows * kScoreBytes));
-    weights = take(kPackedBlocks * 2 * kTileRows * kWeightBytes);
+    weights = take(kPackedBlocks * kWeightParts * kTileRows * kWeightBytes);
     sums = reinterpret_cast<float*>(take(CeilDiv(value_size, kStripColumns) * kTileBytes));
   }
 };
@@ -66,29 +65,35 @@ size_t ScratchBytes(size_t, size_t key_size, size_t value_size) {
   return Scratch(nullptr, key_size, value_size).bytes;
 }
 
-// Bytes that lie ahead.
-struct Region {
-  const uint8_t* first;
-  size_t lines;
+// What is read after this job, asked for a little with every tile: two streams that never pause, as memory gives most
+// to them, and both without a stride that the hardware's prefetchers could follow.
+class ReadAhead {
+ public:
+  ReadAhead(const uint8_t* first, size_t bytes, size_t tiles)
+      : first_(first), second_(first + bytes / 2), end_(first + bytes / 2), lines_(CeilDiv(bytes, 2 * 64 * tiles)) {}
+
+  SPARAMX_INLINE void Ask() {
+    const uint8_t *first = first_, *second = second_;
+    if (first >= end_) return;
+    const size_t lines = lines_;
+    for (size_t i = 0; i < lines; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(first + 64 * i), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(second + 64 * i), _MM_HINT_T1);
+    }
+    first_ = first + 64 * lines;
+    second_ = second + 64 * lines;
+  }
+
+ private:
+  const uint8_t *first_, *second_, *end_;
+  size_t lines_;
 };
 
-Region RegionOf(const CacheTiles& tiles) {
-  const uint8_t* const first = tiles.masks != nullptr ? tiles.masks : tiles.values;
-  const size_t stored = tiles.masks != nullptr ? 2 * tiles.kept : tiles.strips * tiles.tiles * kTileBytes;
-  return {first, CeilDiv(static_cast<size_t>(tiles.values - first) + stored, 64)};
-}
-
-SPARAMX_INLINE void AskFor(const uint8_t* p, size_t lines) {
-  for (size_t i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p + 64 * i), _MM_HINT_T1);
-}
-
-// The tiles of several blocks, one after the other, expanded a little ahead of their use. What the next block holds is
-// asked for on the way: streams without a stride are too much for the hardware's prefetchers.
+// The tiles of several blocks, one after the other, expanded a little ahead of their use.
 class BlockStream {
  public:
-  BlockStream(const PackedBlock* blocks, size_t count, CacheTiles PackedBlock::*part, const CacheTiles* next,
-              uint8_t* ring)
-      : blocks_(blocks), count_(count), part_(part), next_(next), ring_(ring), damaged_(count) {
+  BlockStream(const PackedBlock* blocks, size_t count, CacheTiles PackedBlock::*part, ReadAhead* ahead, uint8_t* ring)
+      : blocks_(blocks), count_(count), part_(part), ahead_(ahead), ring_(ring), damaged_(count) {
     for (size_t i = 0; i < kAhead; ++i) Advance();
   }
 
@@ -106,24 +111,29 @@ class BlockStream {
     const CacheTiles& from = blocks_[block_].*part_;
     cursor_ = {from.masks, from.values};
     left_ = from.strips * from.tiles;
-    const CacheTiles* next = block_ + 1 < count_ ? &(blocks_[block_ + 1].*part_) : next_;
-    region_ = next != nullptr ? RegionOf(*next) : Region{};
-    lines_ = CeilDiv(region_.lines, left_);
   }
 
   __attribute__((noinline)) void Advance() {
-    if (block_ == count_) return;
-    if (left_ == 0) Begin();
+    if (left_ == 0) {
+      if (block_ == count_) return;
+      Begin();
+    }
     uint8_t* const buffer = ring_ + made_ % kRing * kTileBytes;
     const uint8_t** const place = places_ + made_++ % kRing;
-    *place = cursor_.masks != nullptr ? buffer : cursor_.values;
-    if (cursor_.masks != nullptr)
-      ExpandWords<true>(&cursor_, buffer);
-    else
+    Cursor cursor = cursor_;
+    if (cursor.masks != nullptr) {
+      *place = buffer;
+      ExpandWords<true>(&cursor, buffer);
+      cursor_ = cursor;
+    } else {
+      *place = cursor.values;
       cursor_.values += kTileBytes;
-    AskFor(region_.first, lines_);
-    region_.first += 64 * lines_;
-    if (--left_ != 0) return;
+    }
+    ahead_->Ask();
+    if (--left_ == 0) End();
+  }
+
+  void End() {
     const CacheTiles& from = blocks_[block_].*part_;
     const bool whole = from.masks == nullptr || cursor_.values == from.values + 2 * from.kept;
     if (!whole && block_ < damaged_) damaged_ = block_;
@@ -133,13 +143,11 @@ class BlockStream {
   const PackedBlock* blocks_;
   size_t count_;
   CacheTiles PackedBlock::*part_;
-  const CacheTiles* next_;
+  ReadAhead* ahead_;
   uint8_t* ring_;
   size_t damaged_;
   Cursor cursor_ = {};
   size_t block_ = 0, left_ = 0, made_ = 0, taken_ = 0;
-  Region region_ = {};
-  size_t lines_ = 0;
   const uint8_t* places_[kRing] = {};
 };
 
@@ -164,17 +172,20 @@ void SplitQueries(const AttentionJob& job, size_t first, size_t rows, const Scra
     for (size_t i = 0; i < s.query_bytes / 2; i += 16) {
       const size_t there = i >= job.key_size ? 0 : Smaller(16, job.key_size - i);
       const auto mask = static_cast<__mmask16>((1u << there) - 1);
-      StoreParts<kMostParts>(_mm512_maskz_loadu_ps(mask, q + (there != 0 ? i : 0)),
-                             s.queries + r * s.query_bytes + 2 * i, rows * s.query_bytes);
+      StoreParts<kQueryParts>(_mm512_maskz_loadu_ps(mask, q + (there != 0 ? i : 0)),
+                              s.queries + r * s.query_bytes + 2 * i, rows * s.query_bytes);
     }
   }
 }
 
-// Sixteen columns of a row: the sum of its parts, which lie `apart` floats from each other.
-template <Parts P>
+// Sixteen columns of a row: where parts are rows, the sum of so many, which lie `apart` floats from each other.
+template <Parts P, size_t Count>
 SPARAMX_INLINE __m512 Whole(const float* p, size_t apart) {
-  if (P == Parts::kTiles) return _mm512_load_ps(p);
-  return _mm512_add_ps(_mm512_load_ps(p), _mm512_add_ps(_mm512_load_ps(p + apart), _mm512_load_ps(p + 2 * apart)));
+  __m512 sum = _mm512_load_ps(p);
+#pragma GCC unroll 2
+  for (size_t part = 1; P == Parts::kStacked && part < Count; ++part)
+    sum = _mm512_add_ps(sum, _mm512_load_ps(p + part * apart));
+  return sum;
 }
 
 // From products to scores, and the largest of each row so far, lane by lane.
@@ -186,70 +197,116 @@ SPARAMX_INLINE void Score(AttentionJob job, const PackedBlock& block, size_t fir
   for (size_t r = 0; r < rows; ++r) {
     Lanes x[kVectors];
     for (size_t n = 0; n < kVectors; ++n)
-      x[n] = (Lanes)Whole<P>(products + r * kKeyBlock + n * kVecFloats, rows * kKeyBlock);
+      x[n] = (Lanes)Whole<P, kQueryParts>(products + r * kKeyBlock + n * kVecFloats, rows * kKeyBlock);
     FinishScores(job, first + r, x, kVectors);
     for (size_t n = 0; n < kVectors; ++n) top[r] = x[n] > top[r] ? x[n] : top[r];
     __builtin_memcpy(scores + r * kKeyBlock, x, sizeof x);
   }
 }
 
-// Strip `Sum` of a block of keys.
-#define SPARAMX_KEY_STRIP(Sum)                                                                       \
-  _tile_zero(Sum);                                                                                   \
+// A strip of a block of keys.
+#define SPARAMX_KEY_STRIP(strip)                                                                     \
+  _tile_zero(0);                                                                                     \
   for (size_t tile = 0; tile < tiles; ++tile) {                                                      \
     const uint8_t* const k = stream.Take();                                                          \
     _tile_loadd(6, k, 64);                                                                           \
     for (size_t part = 0; part < parts; ++part) {                                                    \
       _tile_loadd(4, s.queries + part * rows * s.query_bytes + tile * kTileRowBytes, s.query_bytes); \
-      _tile_dpbf16ps(Sum, 4, 6);                                                                     \
+      _tile_dpbf16ps(0, 4, 6);                                                                       \
     }                                                                                                \
   }                                                                                                  \
-  _tile_stored(Sum, reinterpret_cast<uint8_t*>(products) + Sum * 64, kScoreBytes)
+  _tile_stored(0, reinterpret_cast<uint8_t*>(products) + (strip)*64, kScoreBytes)
+
+// The same where the queries are in the tiles 2 to 5, into the tile `Sum`: two strips in turn, as the products of one
+// wait for each other.
+#define SPARAMX_HELD_STRIP(Sum, strip) \
+  _tile_zero(Sum);                     \
+  _tile_loadd(6, stream.Take(), 64);   \
+  _tile_dpbf16ps(Sum, 2, 6);           \
+  _tile_loadd(7, stream.Take(), 64);   \
+  _tile_dpbf16ps(Sum, 3, 7);           \
+  _tile_loadd(6, stream.Take(), 64);   \
+  _tile_dpbf16ps(Sum, 4, 6);           \
+  _tile_loadd(7, stream.Take(), 64);   \
+  _tile_dpbf16ps(Sum, 5, 7);           \
+  _tile_stored(Sum, reinterpret_cast<uint8_t*>(products) + (strip)*64, kScoreBytes)
 
 // Scores of all blocks. Those of a block are finished when the next one's products are on their way.
 template <Parts P>
-size_t MultiplyKeys(const PackedAttentionJob& job, size_t first, size_t rows, const Scratch& s, Lanes* top) {
-  const size_t tiles = job.blocks[0].keys.tiles, parts = P == Parts::kStacked ? 1 : kMostParts;
-  BlockStream stream(job.blocks, job.count, &PackedBlock::keys, &job.blocks[0].values, s.ring);
+size_t MultiplyKeys(const PackedAttentionJob& job, size_t first, size_t rows, const Scratch& s, Lanes* top,
+                    ReadAhead* ahead) {
+  const size_t tiles = job.blocks[0].keys.tiles, parts = P == Parts::kStacked ? 1 : kQueryParts;
+  BlockStream stream(job.blocks, job.count, &PackedBlock::keys, ahead, s.ring);
   const auto score = [&](size_t b) __attribute__((always_inline)) {
     Score<P>(job.rows, job.blocks[b], first, rows, s.products + b % 2 * kTileRows * kKeyBlock,
              s.scores + b * kTileRows * kKeyBlock, top);
   };
+  const bool held = P == Parts::kStacked && tiles == kHeldTiles;
+  if (held) {
+    _tile_loadd(2, s.queries, s.query_bytes);
+    _tile_loadd(3, s.queries + kTileRowBytes, s.query_bytes);
+    _tile_loadd(4, s.queries + 2 * kTileRowBytes, s.query_bytes);
+    _tile_loadd(5, s.queries + 3 * kTileRowBytes, s.query_bytes);
+  }
   for (size_t b = 0; b < job.count; ++b) {
     float* const products = s.products + b % 2 * kTileRows * kKeyBlock;
-    SPARAMX_KEY_STRIP(0);
-    SPARAMX_KEY_STRIP(1);
-    SPARAMX_KEY_STRIP(2);
-    SPARAMX_KEY_STRIP(3);
+    if (held) {
+      SPARAMX_HELD_STRIP(0, 0);
+      SPARAMX_HELD_STRIP(1, 1);
+      SPARAMX_HELD_STRIP(0, 2);
+      SPARAMX_HELD_STRIP(1, 3);
+    } else {
+      for (size_t strip = 0; strip < kKeyStrips; ++strip) {
+        SPARAMX_KEY_STRIP(strip);
+      }
+    }
     Barrier();
     if (b > 0) score(b - 1);
   }
   score(job.count - 1);
   return stream.damaged();
 }
+#undef SPARAMX_HELD_STRIP
 #undef SPARAMX_KEY_STRIP
 
+// exp(x) for x up to 0, zero from where fp32 has no normal number left; NaN stays NaN. The polynomial of lanes.h, but
+// with FMA: half the instructions.
+SPARAMX_INLINE __m512 ExpOfNegative(__m512 x) {
+  const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  const __m512 magic = _mm512_set1_ps(12582912.0f);
+  const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), magic), magic);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.37511501e-3f), _mm512_set1_ps(8.36898759e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.16695438e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.66665182e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.99999881e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_maskz_scalef_ps(counts, p, n);
+}
+
 // From the scores of all blocks to weights; the factors for what was summed before.
-template <Parts P>
 void Softmax(const PackedAttentionJob& packed, size_t first, size_t rows, const Scratch& s, const Lanes* top,
-             float* factors) {
+             float* factors, ReadAhead* ahead) {
   const AttentionJob& job = packed.rows;
   for (size_t r = 0; r < rows; ++r) {
     float base;
     factors[r] = RaiseLargest(job, first + r, top[r], &base);
-    Lanes shift, total = {};
-    Splat(base, &shift);
-    for (size_t b = 0; b < packed.count; ++b)
+    const __m512 shift = _mm512_set1_ps(base);
+    __m512 total = _mm512_setzero_ps();
+    for (size_t b = 0; b < packed.count; ++b) {
+      const float* const scores = s.scores + (b * kTileRows + r) * kKeyBlock;
+      uint8_t* const weights = s.weights + (b * kWeightParts * kTileRows + r) * kWeightBytes;
+#pragma GCC unroll 4
       for (size_t n = 0; n < kVectors; ++n) {
-        Lanes x;
-        __builtin_memcpy(&x, s.scores + (b * kTileRows + r) * kKeyBlock + n * kVecFloats, sizeof x);
-        x -= shift;
-        ExpOrZero(&x);
-        total += x;
-        StoreParts<kWeightParts<P>>((__m512)x, s.weights + (b * 2 * kTileRows + r) * kWeightBytes + 32 * n,
-                                    rows * kWeightBytes);
+        const __m512 x = ExpOfNegative(_mm512_sub_ps(_mm512_load_ps(scores + n * kVecFloats), shift));
+        total = _mm512_add_ps(total, x);
+        StoreParts<kWeightParts>(x, weights + 32 * n, rows * kWeightBytes);
       }
-    job.denominator[first + r] = job.denominator[first + r] * factors[r] + Sum(total);
+      ahead->Ask();
+    }
+    job.denominator[first + r] = job.denominator[first + r] * factors[r] + Sum((Lanes)total);
   }
 }
 
@@ -275,12 +332,11 @@ void Softmax(const PackedAttentionJob& packed, size_t first, size_t rows, const 
   } while (false)
 
 template <Parts P>
-size_t MultiplyValues(const PackedAttentionJob& job, size_t rows, const Scratch& s) {
+size_t MultiplyValues(const PackedAttentionJob& job, size_t rows, const Scratch& s, ReadAhead* ahead) {
   const size_t strips = job.blocks[0].values.strips;
-  BlockStream stream(job.blocks, job.count, &PackedBlock::values, job.next == nullptr ? nullptr : &job.next->keys,
-                     s.ring);
+  BlockStream stream(job.blocks, job.count, &PackedBlock::values, ahead, s.ring);
   for (size_t b = 0; b < job.count; ++b) {
-    const uint8_t* const weights = s.weights + b * 2 * kTileRows * kWeightBytes;
+    const uint8_t* const weights = s.weights + b * kWeightParts * kTileRows * kWeightBytes;
     _tile_loadd(4, weights, kWeightBytes);
     _tile_loadd(5, weights + 64, kWeightBytes);
     if (P == Parts::kTiles) {
@@ -306,7 +362,7 @@ void AddSums(const AttentionJob& job, size_t first, size_t rows, const Scratch& 
     const __m512 factor = _mm512_set1_ps(factors[r]);
     for (size_t i = 0; i < job.value_size; i += kStripColumns) {
       const auto mask = static_cast<__mmask16>((1u << Smaller(16, job.value_size - i)) - 1);
-      const __m512 product = Whole<P>(s.sums + (i / kStripColumns * kTileRows + r) * 16, rows * 16);
+      const __m512 product = Whole<P, kWeightParts>(s.sums + (i / kStripColumns * kTileRows + r) * 16, rows * 16);
       _mm512_mask_storeu_ps(sums + i, mask, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, sums + i), factor, product));
     }
   }
@@ -314,30 +370,38 @@ void AddSums(const AttentionJob& job, size_t first, size_t rows, const Scratch& 
 
 // The rows [first, first + rows) through all blocks.
 template <Parts P>
-size_t AttendRows(const PackedAttentionJob& job, size_t first, size_t rows, const Scratch& s) {
+size_t AttendRows(const PackedAttentionJob& job, size_t first, size_t rows, const Scratch& s, ReadAhead* ahead) {
   Lanes top[kTileRows];
   for (Lanes& t : top) Splat(kMinusInfinity, &t);
   float factors[kTileRows];
-  const size_t tile_rows = P == Parts::kStacked ? kMostParts * rows : rows;
   SplitQueries(job.rows, first, rows, s);
-  const TileScope scope(tile_rows, tile_rows);
-  const size_t sound_keys = MultiplyKeys<P>(job, first, rows, s, top);
-  if (sound_keys < job.count) return sound_keys;
-  Softmax<P>(job, first, rows, s, top, factors);
-  const size_t sound_values = MultiplyValues<P>(job, rows, s);
-  if (sound_values < job.count) return sound_values;
+  {
+    const size_t tile_rows = P == Parts::kStacked ? kQueryParts * rows : rows;
+    const TileScope scope(tile_rows, tile_rows);
+    const size_t sound = MultiplyKeys<P>(job, first, rows, s, top, ahead);
+    if (sound < job.count) return sound;
+  }
+  Softmax(job, first, rows, s, top, factors, ahead);
+  {
+    const size_t tile_rows = P == Parts::kStacked ? kWeightParts * rows : rows;
+    const TileScope scope(tile_rows, tile_rows);
+    const size_t sound = MultiplyValues<P>(job, rows, s, ahead);
+    if (sound < job.count) return sound;
+  }
   AddSums<P>(job.rows, first, rows, s, factors);
   return job.count;
 }
 
 size_t AttendAmx(const PackedAttentionJob& job) {
-  const Region region = RegionOf(job.blocks[0].keys);
-  AskFor(region.first, region.lines);
   const Scratch s(job.scratch, job.rows.key_size, job.rows.value_size);
-  if (job.rows.rows <= kStackedRows) return AttendRows<Parts::kStacked>(job, 0, job.rows.rows, s);
+  const CacheTiles &keys = job.blocks[0].keys, &values = job.blocks[0].values;
+  // A step with every tile, and where rows are few, with every row's softmax of a block.
+  const size_t steps = keys.strips * keys.tiles + values.strips * values.tiles + Smaller(job.rows.rows, kTileRows);
+  ReadAhead ahead(job.ahead, job.ahead_bytes, job.count * steps);
+  if (job.rows.rows <= kStackedRows) return AttendRows<Parts::kStacked>(job, 0, job.rows.rows, s, &ahead);
   size_t sound = job.count;
   for (size_t r = 0; r < job.rows.rows && sound == job.count; r += kTileRows)
-    sound = AttendRows<Parts::kTiles>(job, r, Smaller(kTileRows, job.rows.rows - r), s);
+    sound = AttendRows<Parts::kTiles>(job, r, Smaller(kTileRows, job.rows.rows - r), s, &ahead);
   return sound;
 }
 

@@ -32,7 +32,8 @@ struct PackedAttentionJob {
   AttentionJob rows;  // without keys and values
   const PackedBlock* blocks;
   size_t count;             // 1 to kPackedBlocks
-  const PackedBlock* next;  // may be asked for ahead of time; null: none
+  const uint8_t* ahead;  // what is read after this job, and may be asked for ahead of time; may be no bytes
+  size_t ahead_bytes;
   uint8_t* scratch;
 };
 

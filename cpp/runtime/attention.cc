@@ -327,19 +327,21 @@ void Attention::Task::PrepareRow(size_t entry, size_t kv_head, size_t first, siz
 // The visible blocks among the keys [first, last).
 void Attention::Task::AttendPacked(AttentionJob rows, uint8_t* memory, size_t head, size_t first, size_t last) const {
   const CacheRow row = RowOf(head);
-  PackedBlock blocks[kPackedBlocks], next;
+  PackedBlock blocks[kPackedBlocks];
   for (size_t t = first; t < last;) {
-    PackedAttentionJob job = {rows, blocks, 0, nullptr, memory};
+    PackedAttentionJob job = {rows, blocks, 0, nullptr, 0, memory};
     for (; t < last && job.count < kPackedBlocks; t += kCacheBlock) {
       PackedBlock& block = blocks[job.count++];
       row.Locate(t / kCacheBlock, &block.keys, &block.values);
       block.first_key = static_cast<uint32_t>(t);
       block.count = static_cast<uint32_t>(std::min(last - t, kCacheBlock));
     }
-    // The part behind this one is most often the same thread's next.
-    if (t / kCacheBlock < row.first_open()) {
-      row.Locate(t / kCacheBlock, &next.keys, &next.values);
-      job.next = &next;
+    // The part behind this one is most often the same thread's next. Its blocks stand one after the other.
+    const size_t ahead = t / kCacheBlock;
+    if (ahead < row.first_open() && call.layout.IsPacked(ahead, row.before)) {
+      const size_t there = call.layout.ClosedBlocks(row.before) - ahead;
+      job.ahead = row.past + call.layout.PackedAt(ahead);
+      job.ahead_bytes = std::min(kPackedBlocks, there) * call.layout.packed_bytes;
     }
     const size_t done = attention->packed_kernel_->attend(job);
     if (done == job.count) continue;
