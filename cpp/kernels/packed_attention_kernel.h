@@ -31,7 +31,7 @@ struct PackedBlock {
 struct PackedAttentionJob {
   AttentionJob rows;  // without keys and values
   const PackedBlock* blocks;
-  size_t count;             // 1 to kPackedBlocks
+  size_t count;          // 1 to kPackedBlocks
   const uint8_t* ahead;  // what is read after this job, and may be asked for ahead of time; may be no bytes
   size_t ahead_bytes;
   uint8_t* scratch;
