@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """A Llama-3.2-1B-shaped decoder with random weights, half of them zero: speed, memory, and what sharing saves.
 
-The models are made once, in --folder (about 13 GB; ONNX Runtime's quantizer takes 8 GB of memory):
+The models are made once, in --folder (about 17 GB; ONNX Runtime's 4-bit quantizer takes 8 GB of memory):
 
 - dense: fp32 with GroupQueryAttention, as onnxruntime-genai's builder writes it;
+- dynamic: DynamicQuantizeMatMul for every linear layer, which is what ONNX Runtime makes of the dynamic int8 models of
+  its quantizer (which itself takes more than 18 GB of memory for this one);
 - nbits: ONNX Runtime's 4-bit form of it, MatMulNBits for every linear layer, groups of 32, accuracy level 4;
-- bf16, int8, int4: what `sparamx-onnx convert --attention fast` makes of it.
+- bf16, int8, int4: what `sparamx-onnx convert --attention fast` makes of it;
+- int4-packed: the same with `--attention packed`.
 
 Pairs of them are timed in turn, by `sparamx_onnx.bench_generation`, and several processes run one packed model at once.
+Before a decode step the cache is filled with noise instead of being read from a prompt; the step reads the same bytes.
 
 llama.cpp is compared with where --peer-python names a Python that has llama-cpp-python, and --gguf a model of the same
 shape. With --json, what the file already has is not measured again.
@@ -18,34 +22,68 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import logging
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import documents
 import machine
+import numpy as np
+import onnx
 import rotation
 
 import models
 import sparamx_onnx
 from sparamx_onnx.benchmark import start_worker
-from sparamx_onnx.genai_config import CONFIG_NAME
 from sparamx_onnx.generation_benchmark import decoder_job
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.models import genai_llama
 from sparamx_onnx.models.llama import LlamaShape
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
-DENSE, NBITS, LLAMA_CPP = "dense", "nbits", "llama.cpp"
-PACKED = ("bf16", "int8", "int4")
-# Ours, what it is compared with, and how many times as fast it should decode.
-PAIRS = {("bf16", DENSE): 3.0, ("int8", DENSE): 4.5, ("int4", NBITS): 1.2, ("int4", LLAMA_CPP): 1.5}
+DENSE, DYNAMIC, NBITS, LLAMA_CPP = "dense", "dynamic", "nbits", "llama.cpp"
+PACKED_CACHE = "-packed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One of our models, and what it is compared with.
+
+    Attributes:
+        ours: Type of the weights, and ``-packed`` if the cache is packed, too.
+        theirs: The other model.
+        decode: How many times as fast decode steps should be at least; 0 if no target is set.
+        prefill: The same for reading prompts; None: not timed.
+        long: Steps after --long tokens instead of --context.
+    """
+
+    ours: str
+    theirs: str
+    decode: float
+    prefill: float | None = None
+    long: bool = False
+
+    def target(self, what: str) -> float:
+        """For ``context`` or ``prompt``; 0 if there is none."""
+        return (self.prefill or 0.0) if what == "prompt" else self.decode
+
+
+PAIRS = (
+    Pair("bf16", DENSE, decode=3.0, prefill=0),
+    Pair("int8", DENSE, decode=4.5, prefill=0),
+    Pair("int8", DYNAMIC, decode=0, prefill=0),
+    Pair("int4", NBITS, decode=1.2, prefill=0),
+    Pair("int4" + PACKED_CACHE, NBITS, decode=3.0, long=True),
+    Pair("int4", LLAMA_CPP, decode=1.5, prefill=1.3),
+)
 # What a process may take beyond the file of its packed model.
 MOST_BEYOND_FILE = 300e6
+# Of a turn beside llama.cpp; and turns in which it reads a prompt.
 STEPS = 8
+PEER_PROMPTS = 3
+ALIGNMENT = 4096
+
+Cell = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
@@ -55,10 +93,13 @@ def parse() -> argparse.Namespace:
         default = getattr(genai_llama.LLAMA_3_2_1B, field.name)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--context", type=int, nargs="*", default=[512], help="decode after so many tokens")
-    parser.add_argument("--prompt", type=int, nargs="*", default=[512], help="prompts of so many tokens")
-    names = sorted({ours for ours, _ in PAIRS})
-    parser.add_argument("--weights", nargs="+", choices=names, default=names)
+    parser.add_argument("--context", type=int, default=512, help="decode after so many tokens")
+    parser.add_argument("--long", type=int, default=16384, help="decode after so many with packed caches")
+    parser.add_argument("--prompt", type=int, default=512, help="prompts of so many tokens")
+    names = list(dict.fromkeys(pair.ours for pair in PAIRS))
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="which of ours")
+    against = list(dict.fromkeys(pair.theirs for pair in PAIRS))
+    parser.add_argument("--against", nargs="+", choices=against, default=against, help="which others")
     parser.add_argument("--processes", type=int, default=4, help="on one packed model; 0: do not measure that")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10, help="turns of each model")
@@ -76,85 +117,132 @@ def parse() -> argparse.Namespace:
 
 
 def model(name: str, arguments: argparse.Namespace) -> Path:
-    """The folder of one model, made if it is not there."""
-    folder: Path = arguments.folder / name
-    if (folder / genai_llama.MODEL_NAME).exists():
-        return folder
-    print(f"making {folder}", flush=True)
-    dense = arguments.folder / DENSE
+    """The file of one model, made if it is not there."""
+    file: Path = arguments.folder / name / genai_llama.MODEL_NAME
+    if file.exists():
+        return file
+    print(f"making {file}", flush=True)
     if name == DENSE:
         sizes = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(LlamaShape)}
-        genai_llama.export(dense, LlamaShape(**sizes), sparsity=arguments.sparsity)
-    elif name == NBITS:
-        folder.mkdir(parents=True, exist_ok=True)
+        return genai_llama.export(file.parent, LlamaShape(**sizes), sparsity=arguments.sparsity)
+    dense = model(DENSE, arguments)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if name == NBITS:
         logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)  # it has something to say of every node
-        models.quantize_int4(model(DENSE, arguments) / genai_llama.MODEL_NAME, folder / genai_llama.MODEL_NAME)
-        shutil.copy(dense / CONFIG_NAME, folder)
+        models.quantize_int4(dense, file)
+    elif name == DYNAMIC:
+        quantize_int8(dense, file)
     else:
-        sparamx_onnx.convert(model(DENSE, arguments), folder, weights=name, attention="fast")
-    return folder
+        attention = "packed" if name.endswith(PACKED_CACHE) else "fast"
+        sparamx_onnx.convert(dense, file, weights=name.removesuffix(PACKED_CACHE), attention=attention)
+    return file
 
 
-def file_bytes(folder: Path) -> int:
+def quantize_int8(dense: Path, out: Path) -> None:
+    """A model with DynamicQuantizeMatMul in place of every MatMul, one scale a weight; holds one weight at a time."""
+    graph_model = onnx.load(dense, load_external_data=False)
+    graph = graph_model.graph
+    weights = {}
+    for node in graph.node:
+        if node.op_type == "MatMul":
+            weights[node.input[1]] = node
+            node.domain, node.op_type = "com.microsoft", "DynamicQuantizeMatMul"
+            node.input.append(f"{node.input[1]}.scale")
+    scales = []
+    with out.with_name(out.name + ".data").open("wb") as data:
+        for tensor in graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            values = onnx.numpy_helper.to_array(tensor, str(dense.parent))
+            if tensor.name in weights:
+                scale = np.float32(np.abs(values).max() / 127)
+                scales.append(onnx.numpy_helper.from_array(np.array(scale), f"{tensor.name}.scale"))
+                values = np.rint(values / scale).astype(np.int8)
+                tensor.data_type = onnx.TensorProto.INT8
+            data.write(bytes(-data.tell() % ALIGNMENT))
+            place = {"location": data.name.rpartition("/")[2], "offset": str(data.tell()), "length": str(values.nbytes)}
+            tensor.ClearField("raw_data")
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=value)
+            data.write(np.ascontiguousarray(values).data)
+    graph.initializer.extend(scales)
+    onnx.save(graph_model, out)
+
+
+def file_bytes(file: Path) -> int:
     """Of the model and its data."""
-    return load_model(folder).bytes_on_disk
+    return load_model(file).bytes_on_disk
 
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
 
-def compare(ours: str, theirs: str, what: str, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One pair, either ``prompt`` or ``context`` of so many tokens."""
-    if theirs == LLAMA_CPP:
-        return compare_with_peer(ours, what, tokens, arguments)
+def compare(pair: Pair, tokens: dict[str, int], arguments: argparse.Namespace) -> dict[str, Cell]:
+    """What is to be measured of a pair, with so many tokens each."""
+    if pair.theirs == LLAMA_CPP:
+        return compare_with_peer(pair, tokens, arguments)
     result = sparamx_onnx.bench_generation(
-        model(ours, arguments),
-        model(theirs, arguments),
-        prompt=tokens if what == "prompt" else None,
-        context=tokens if what == "context" else None,
+        model(pair.ours, arguments),
+        model(pair.theirs, arguments),
+        prompt=tokens.get("prompt"),
+        context=tokens.get("context"),
         threads=arguments.threads,
         rounds=arguments.rounds,
     )
-    if what == "prompt":
-        rates, ratio = [timing.prefill_tokens_per_second for timing in result.timings], result.prefill_ratio
-        spread = result.prefill_ratio_quartiles
-    else:
-        rates, ratio = [timing.decode_tokens_per_second for timing in result.timings], result.decode_ratio
-        spread = result.decode_ratio_quartiles
-    memory = {name: timing.pss for name, timing in zip((ours, theirs), result.timings, strict=True)}
-    return {"tokens_per_second": rates, "faster": ratio, "faster_quartiles": spread, "pss": memory}
+    memory = {name: timing.pss for name, timing in zip((pair.ours, pair.theirs), result.timings, strict=True)}
+    rates = {
+        "context": [timing.decode_tokens_per_second for timing in result.timings],
+        "prompt": [timing.prefill_tokens_per_second for timing in result.timings],
+    }
+    faster = {
+        "context": (result.decode_ratio, result.decode_ratio_quartiles),
+        "prompt": (result.prefill_ratio, result.prefill_ratio_quartiles),
+    }
+    return {
+        what: {
+            "tokens_per_second": rates[what],
+            "faster": faster[what][0],
+            "faster_quartiles": faster[what][1],
+            "pss": memory,
+        }
+        for what in tokens
+    }
 
 
-def compare_with_peer(ours: str, what: str, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare_with_peer(pair: Pair, tokens: dict[str, int], arguments: argparse.Namespace) -> dict[str, Cell]:
     """Ours against llama.cpp: the same turns, in processes of the benchmark's own."""
-    capacity = tokens + 2 * STEPS
-    job = {"threads": arguments.threads, "capacity": capacity}
-    packed = job | {"engine": "sparamx", "model": str(model(ours, arguments))}
+    job = {"threads": arguments.threads, "capacity": max(tokens.values()) + 2 * STEPS}
+    packed = job | {"engine": "sparamx", "model": str(model(pair.ours, arguments))}
     peer = job | {"engine": LLAMA_CPP, "model": str(arguments.gguf)}
-    request = {"prompt": tokens} if what == "prompt" else {"context": tokens, "runs": STEPS}
-    turns: list[list[list[float]]] = [[], []]
+    found = {}
     with (
         rotation.Worker(packed, script="generation_engine.py") as one,
         rotation.Worker(peer, arguments.peer_python, script="generation_engine.py") as other,
     ):
-        for worker in (one, other):
-            worker.ask(request)
-        for _ in range(arguments.rounds if what == "context" else min(arguments.rounds, 3)):
-            for worker, samples in zip((one, other), turns, strict=True):
-                samples.append(worker.ask(request))
-    scale = tokens if what == "prompt" else 1
-    faster, spread = rotation.ratio(turns[1], turns[0])
-    rates = [scale / rotation.median(samples) for samples in turns]
-    return {"tokens_per_second": rates, "faster": faster, "faster_quartiles": spread, "pss": {}}
+        for what, count in tokens.items():
+            request = {"prompt": count} if what == "prompt" else {"context": count, "runs": STEPS}
+            turns: list[list[list[float]]] = [[], []]
+            for worker in (one, other):
+                worker.ask(request)
+            for _ in range(arguments.rounds if what == "context" else min(arguments.rounds, PEER_PROMPTS)):
+                for worker, samples in zip((one, other), turns, strict=True):
+                    samples.append(worker.ask(request))
+            scale = count if what == "prompt" else 1
+            faster, spread = rotation.ratio(turns[1], turns[0])
+            rates = [scale / rotation.median(samples) for samples in turns]
+            found[what] = {"tokens_per_second": rates, "faster": faster, "faster_quartiles": spread, "pss": {}}
+    return found
 
 
-def report_speed(cell: dict[str, Any]) -> None:
+def report_speed(cell: Cell, target: float) -> None:
     first, second = cell["tokens_per_second"]
     low, high = cell["faster_quartiles"]
     text = f"{cell['what']} {cell['tokens']:>6}  {cell['ours']} {first:.1f} tokens/s, {cell['theirs']} {second:.1f}: "
     text += f"{cell['faster']:.2f}x ({low:.2f} to {high:.2f})"
-    if cell["what"] == "context" and cell["tokens"] <= 512:
-        text += f", at least {PAIRS[cell['ours'], cell['theirs']]}x wanted"
+    if target:
+        text += f", at least {target}x wanted"
     pss = cell["pss"].get(cell["ours"])
     if pss is not None:
         beyond = pss - cell["file_bytes"]
@@ -166,20 +254,20 @@ def report_speed(cell: dict[str, Any]) -> None:
 # --- Sharing ----------------------------------------------------------------------------------------------------------
 
 
-def share(weights: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def share(weights: str, arguments: argparse.Namespace) -> Cell:
     """Memory of several processes that have all decoded with one model, and are all alive."""
-    folder, context = model(weights, arguments), 512
-    job = decoder_job(load_model(folder), None, context, 1, 1)
+    file, context = model(weights, arguments), arguments.context
+    job = decoder_job(load_model(file), None, context, 1, 1)
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(start_worker(job)) for _ in range(arguments.processes)]
         for _ in range(2):  # what the first one says, it says before the others share its pages
             for worker in workers:
                 worker.turn({"context": context, "runs": STEPS})
         memory = [worker.memory or {} for worker in workers]
-    return {"processes": memory, "file_bytes": file_bytes(folder)}
+    return {"processes": memory, "file_bytes": file_bytes(file)}
 
 
-def report_sharing(cell: dict[str, Any]) -> None:
+def report_sharing(cell: Cell) -> None:
     pss = [memory.get("pss", 0) / 1e6 for memory in cell["processes"]]
     print(
         f"{len(pss)} processes on {cell['ours']} ({cell['file_bytes'] / 1e6:.0f} MB): PSS "
@@ -195,35 +283,38 @@ def main() -> None:
     about = machine.describe()
     print(machine.headline(about))
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    pairs = [pair for pair in PAIRS if pair[0] in arguments.weights]
+    pairs = [pair for pair in PAIRS if pair.ours in arguments.models and pair.theirs in arguments.against]
     if arguments.gguf is None:
-        pairs = [pair for pair in pairs if pair[1] != LLAMA_CPP]
+        pairs = [pair for pair in pairs if pair.theirs != LLAMA_CPP]
     if arguments.prepare:
-        for name in sorted({name for pair in pairs for name in pair} - {LLAMA_CPP}):
-            model(name, arguments)
+        for name in dict.fromkeys(name for pair in pairs for name in (pair.ours, pair.theirs)):
+            if name != LLAMA_CPP:
+                model(name, arguments)
         return
     keys = ("ours", "theirs", "what", "tokens", "threads", "hidden", "layers", "vocab", "sparsity")
     done = documents.Cells(arguments.json, about, keys)
     common = {name: getattr(arguments, name) for name in keys[4:]}
-
-    def add(
-        cell: dict[str, Any], measure: Callable[[], dict[str, Any]], report: Callable[[dict[str, Any]], None]
-    ) -> None:
+    for pair in pairs:
+        tokens = {"context": arguments.long if pair.long else arguments.context}
+        if pair.prefill is not None:
+            tokens["prompt"] = arguments.prompt
+        cells = {
+            what: common | {"ours": pair.ours, "theirs": pair.theirs, "what": what, "tokens": count}
+            for what, count in tokens.items()
+        }
+        missing = {what: tokens[what] for what, cell in cells.items() if not done.has(cell)}
+        for what, figures in compare(pair, missing, arguments).items() if missing else ():
+            cell = cells[what] | {"file_bytes": file_bytes(model(pair.ours, arguments))} | figures
+            done.add(cell)
+            report_speed(cell, pair.target(what))
+        done.save()
+    for name in dict.fromkeys(pair.ours for pair in pairs) if arguments.processes else ():
+        cell = common | {"ours": name, "theirs": None, "what": "processes", "tokens": arguments.processes}
         if not done.has(cell):
-            cell |= measure()
+            cell |= share(name, arguments)
             done.add(cell)
             done.save()
-            report(cell)
-
-    for ours, theirs in pairs:
-        for what in ("context", "prompt"):
-            for tokens in getattr(arguments, what):
-                cell = common | {"ours": ours, "theirs": theirs, "what": what, "tokens": tokens}
-                cell["file_bytes"] = file_bytes(model(ours, arguments))
-                add(cell, functools.partial(compare, ours, theirs, what, tokens, arguments), report_speed)
-    for weights in arguments.weights if arguments.processes else []:
-        cell = common | {"ours": weights, "theirs": None, "what": "processes", "tokens": arguments.processes}
-        add(cell, functools.partial(share, weights, arguments), report_sharing)
+            report_sharing(cell)
 
 
 if __name__ == "__main__":

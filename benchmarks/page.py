@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables and charts of docs/performance.md and docs/quality.md from the documents in benchmarks/measured/.
+"""Writes tables and charts of docs/performance.md, generation.md and quality.md from what is in benchmarks/measured/.
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; what is between them is replaced. Charts go
 to docs/plots/. With --check nothing is written, and the exit status says whether everything is up to date.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import generation_page
 import plots
 import quality_page
 import rotation
@@ -25,7 +26,7 @@ from tables import MEASURED, load, table
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs" / "performance.md", ROOT / "docs" / "quality.md"]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("performance", "generation", "quality")]
 PLOTS = ROOT / "docs" / "plots"
 
 TYPES = ["fp32", "bf16", "int8", "int4"]
@@ -306,13 +307,17 @@ def cpu() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function
-    for function in (
-        *(cpu, targets, peers, model_streaming, all_shapes, slower_shapes, decode, arithmetic),
-        *(levels, other_levels, choice),
-    )
-} | quality_page.TABLES
+TABLES: dict[str, Callable[[], str]] = (
+    {
+        function.__name__: function
+        for function in (
+            *(cpu, targets, peers, model_streaming, all_shapes, slower_shapes, decode, arithmetic),
+            *(levels, other_levels, choice),
+        )
+    }
+    | generation_page.TABLES
+    | quality_page.TABLES
+)
 
 
 # --- Charts -----------------------------------------------------------------------------------------------------------

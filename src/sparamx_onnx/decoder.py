@@ -307,10 +307,13 @@ class DecoderSession:
         self._bind_caches(batch)
         with in_one_sentence("ONNX Runtime cannot run this decoder"):
             self._session.run_with_iobinding(self._binding)
-        outputs = self._binding.get_outputs()  # in the order in which they were bound
-        if not self.shares_buffers:
-            self._buffers = {cache.past: value for cache, value in zip(self._caches, outputs[1:], strict=True)}
-        return np.asarray(outputs[0].numpy() if logits is None else logits, np.float32)
+        if logits is None or not self.shares_buffers:
+            outputs = self._binding.get_outputs()  # in the order in which they were bound
+            if not self.shares_buffers:
+                self._buffers = {cache.past: value for cache, value in zip(self._caches, outputs[1:], strict=True)}
+            if logits is None:
+                logits = outputs[0].numpy()
+        return np.asarray(logits, np.float32)
 
     def _bind_logits(self, batch: int, tokens: int) -> npt.NDArray[Any] | None:
         """The array that the run writes to; None where only the run knows how large it is."""

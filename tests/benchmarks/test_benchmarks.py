@@ -207,17 +207,15 @@ def test_quality_orders_the_methods(tmp_path: Path) -> None:
 
 def test_generation_compares_decoders_and_counts_shared_memory(tmp_path: Path) -> None:
     options = ["--hidden=128", "--layers=2", "--heads=4", "--kv-heads=2", "--intermediate=96", "--vocab=320"]
-    options += ["--positions=1024", "--context=24", "--prompt=16", "--rounds=2", "--processes=2"]
-    options += ["--folder", str(tmp_path / "models")]
-    document, printed = run("generation.py", tmp_path, *options, "--weights", "bf16", "int4")
-    cells = {(cell["ours"], cell["theirs"], cell["what"]): cell for cell in document["cells"]}
-    assert set(cells) == {
-        *(
-            (ours, theirs, what)
-            for ours, theirs in (("bf16", "dense"), ("int4", "nbits"))
-            for what in ("context", "prompt")
-        ),
-        *((weights, None, "processes") for weights in ("bf16", "int4")),
+    options += ["--positions=1024", "--context=24", "--long=200", "--prompt=16", "--rounds=2", "--processes=2"]
+    options += ["--folder", str(tmp_path / "models"), "--models", "int8", "int4-packed"]
+    document, printed = run("generation.py", tmp_path, *options)
+    cells = {(cell["ours"], cell["theirs"], cell["what"], cell["tokens"]) for cell in document["cells"]}
+    pairs = (("int8", "dense"), ("int8", "dynamic"))
+    assert cells == {
+        *((*pair, *measured) for pair in pairs for measured in (("context", 24), ("prompt", 16))),
+        ("int4-packed", "nbits", "context", 200),
+        *((ours, None, "processes", 2) for ours in ("int8", "int4-packed")),
     }
     for cell in document["cells"]:
         assert cell["file_bytes"] > 0
@@ -228,8 +226,8 @@ def test_generation_compares_decoders_and_counts_shared_memory(tmp_path: Path) -
             low, high = cell["faster_quartiles"]
             assert 0 < low <= high
             assert all(rate > 0 for rate in cell["tokens_per_second"])
-    assert "2 processes on bf16" in printed
+    assert "2 processes on int8" in printed
     # What is there is not measured again.
-    again, printed = run("generation.py", tmp_path, *options, "--weights", "bf16", "int4")
+    again, printed = run("generation.py", tmp_path, *options)
     assert again["cells"] == document["cells"]
     assert "processes on" not in printed

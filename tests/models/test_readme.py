@@ -63,7 +63,9 @@ def shell(folder: Path, script: str, **variables: str) -> str:
     return done.stdout
 
 
-def test_python(folder: Path, decoder: Path) -> None:
+@pytest.fixture
+def model(folder: Path) -> Path:
+    """model.onnx"""
     weight = np.random.default_rng(0).standard_normal((64, 64), np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
@@ -72,9 +74,31 @@ def test_python(folder: Path, decoder: Path) -> None:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 64])],
         [numpy_helper.from_array(weight, "w")],
     )
-    onnx.save(
-        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), folder / "model.onnx"
-    )
+    path = folder / "model.onnx"
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return path
+
+
+def test_commands(folder: Path, model: Path) -> None:
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    np.savez(inputs / "typical.npz", x=np.random.default_rng(1).standard_normal((80, 64), np.float32))
+    section = (ROOT / "README.md").read_text().partition("\n## Use\n")[2]
+    script = section.partition("```sh\n")[2].partition("```")[0]
+    commands = [line.partition("#")[0].strip() for line in script.splitlines()]
+    assert {command.split()[1] for command in commands} == {"inspect", "convert", "verify", "bench", "info"}
+    for command in commands:
+        if "convert" in command:  # each begins where the reader does
+            for written in folder.glob("model.sparse.onnx*"):
+                written.unlink()
+        assert shell(folder, command), command
+        assert (folder / "model.sparse.onnx").exists() == ("inspect" not in command and "--dry-run" not in command)
+        if "--dry-run" in command:
+            assert (folder / "r.html").exists()
+            shell(folder, commands[1])  # nothing pruned, for verify and bench
+
+
+def test_python(folder: Path, model: Path, decoder: Path) -> None:
     check = 'import numpy as np; print(session.run(None, {"x": np.ones((1, 64), np.float32)})[0].shape, len(answer))'
     convert_and_register, generate = blocks("Python", "python")
     program = f"{convert_and_register}\nkept = session\n{generate}\nsession = kept\n{check}"

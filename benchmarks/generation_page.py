@@ -1,0 +1,73 @@
+"""The tables of docs/generation.md, made of what generation.py measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import generation
+from tables import load, table
+
+DECODER_NAMES = {
+    generation.DENSE: "ONNX Runtime fp32",
+    generation.DYNAMIC: "ONNX Runtime dynamic int8",
+    generation.NBITS: "ONNX Runtime MatMulNBits",
+    generation.LLAMA_CPP: "llama.cpp Q4_0",
+    "bf16": "bf16",
+    "int8": "int8",
+    "int4": "int4",
+    "int4" + generation.PACKED_CACHE: "int4, packed caches",
+}
+
+
+def _generation(what: str) -> str:
+    """Tokens per second of every pair."""
+    cells = load("generation")["cells"]
+    rows = []
+    for pair in generation.PAIRS:
+        for cell in cells:
+            if (cell["ours"], cell["theirs"], cell["what"]) != (pair.ours, pair.theirs, what):
+                continue
+            ours, theirs = cell["tokens_per_second"]
+            low, high = cell["faster_quartiles"]
+            least = pair.target(what)
+            verdict = f"{least:g}x: {'reached' if cell['faster'] >= least else 'missed'}" if least else ""
+            names = [DECODER_NAMES[pair.ours], DECODER_NAMES[pair.theirs]]
+            figures = [f"{ours:.1f}", f"{theirs:.1f}", f"{cell['faster']:.2f}x ({low:.2f} to {high:.2f})"]
+            rows.append([f"{cell['tokens']:,}", *names, *figures, verdict])
+    return table(["tokens", "packed", "against", "tokens/s", "theirs", "faster", "at least"], rows)
+
+
+def generation_decode() -> str:
+    """Decode steps after so many tokens."""
+    return _generation("context")
+
+
+def generation_prompts() -> str:
+    """Prompts of so many tokens."""
+    return _generation("prompt")
+
+
+def generation_memory() -> str:
+    """PSS of one process and of each of several."""
+    cells = load("generation")["cells"]
+    steps = [cell for cell in cells if cell["what"] == "context"]
+    shared = {cell["ours"]: cell for cell in cells if cell["what"] == "processes"}
+    rows = []
+    for name, title in DECODER_NAMES.items():
+        alone = [(cell["tokens"], cell["pss"][name], cell) for cell in steps if name in cell["pss"]]
+        if not alone:
+            continue
+        tokens, pss, cell = min(alone, key=lambda found: found[0])
+        row = [title, f"{tokens:,}", f"{pss / 1e6:.0f}", "", "", ""]
+        if cell["ours"] == name:
+            row[3] = f"{cell['file_bytes'] / 1e6:.0f}"
+        if name in shared:
+            each = [process["pss"] / 1e6 for process in shared[name]["processes"]]
+            row[4:] = [f"{len(each)} x {max(each):.0f}", f"{sum(each):.0f}"]
+        rows.append(row)
+    return table(["", "tokens", "PSS, MB", "file, MB", "several processes, MB", "together, MB"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function for function in (generation_decode, generation_prompts, generation_memory)
+}
