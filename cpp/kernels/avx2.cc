@@ -146,6 +146,7 @@ struct Avx2Integer : Avx2Base {
   };
   using Weight = Pair;
   static constexpr size_t kDirectRows = 2;
+  static constexpr int kInt8Strips = 1;
   static constexpr size_t kRowsOfTwoStrips = 0;
   static constexpr size_t kBlockRows = 4;
 

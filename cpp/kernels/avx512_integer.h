@@ -10,6 +10,7 @@ namespace {
 struct Avx512Integer : Avx512Base {
   using IntVec = __m512i;
   static constexpr size_t kDirectRows = 4;
+  static constexpr int kInt8Strips = 1;
   static constexpr size_t kBlockRows = 6;
   // An expanded row comes every 3 cycles or more, and an integer product takes 5: two turns suffice, and every turn
   // more costs an addition per segment.

@@ -45,6 +45,8 @@ struct Vbmi2Bf16 : Avx512Base {
 };
 
 struct Vbmi2Quantized : Avx512Vnni {
+  static constexpr int kInt8Strips = 2;
+
   template <bool Int4, bool Sparse>
   using Stream = CodeStream<Int4, Sparse>;
 

@@ -80,7 +80,9 @@ class CodeStream {
     if (Int4) codes = row < 8 ? Nibbles<false, Form>(codes) : Nibbles<true, Form>(codes);
     size_t count = 64;
     if (Sparse) {
-      const uint64_t mask = LoadU64(cursor_.masks);
+      uint64_t mask = LoadU64(cursor_.masks);
+      // Loaded once: GCC would let kmovq and popcnt load it each, and codes that cross lines keep the load ports busy.
+      __asm__ volatile("" : "+r"(mask));
       constexpr int kBias = CodeBias(Int4 ? WeightType::kInt4 : WeightType::kInt8);
       codes = Form == CodeForm::kSigned
                   ? _mm512_maskz_expand_epi8(mask, codes)

@@ -3,6 +3,8 @@
 //
 //   Vec, IntVec                16 float sums, 16 int32 sums
 //   kDirectRows                largest M whose sums stay in registers over all of K
+//   kInt8Strips                strips at once there with int8 weights, 1 or 2. (Of int4 weights one alone has three
+//                              streams from memory, and six read 8 % slower, though they take fewer instructions.)
 //   kBlockRows, kBlockStrips   register block for larger M
 //   kTurns                     sums that take turns where there are one or two: products take longer than rows come
 //   kStoredCodes               the panel holds codes as stored (CodeBias above their meaning, holes too), which
@@ -32,6 +34,7 @@ namespace sparamx {
 namespace {
 
 constexpr size_t kQuantizedTileBytes = kTileRows * kTileRowBytes;
+constexpr size_t kScalesAhead = 1024;  // bytes that scales are asked for ahead: 16 tiles of groups of 32 and fp16
 
 // What a micro-kernel needs to know of segments and scales.
 struct Segments {
@@ -77,15 +80,17 @@ struct TileStream {
   SPARAMX_INLINE typename Isa::Weight Row(int row) const { return Isa::Weights(tile, row); }
 };
 
-// Where the weights of one strip come from, one tile after the other: a stream.
-template <class Stream>
-struct OneStrip {
-  Stream stream;
-  SPARAMX_INLINE void BeginTile() { stream.BeginTile(); }
-  SPARAMX_INLINE auto Row(int row, int) { return stream.Row(row); }
+// Where the weights of some strips come from, one tile after the other: streams.
+template <class Stream, int Strips>
+struct StreamRows {
+  Stream streams[Strips];
+  SPARAMX_INLINE void BeginTile() {
+    for (Stream& stream : streams) stream.BeginTile();
+  }
+  SPARAMX_INLINE auto Row(int row, int s) { return streams[s].Row(row); }
 };
 
-// Where the weights of several strips come from: a panel that is expanded already.
+// Or a panel that is expanded already.
 template <class Isa>
 struct PanelRows {
   const uint8_t* tile;
@@ -114,78 +119,105 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
                                   Source& source) {
   constexpr int kChains = Rows * Strips <= 2 ? Isa::kTurns : 1;
   const PackedView& w = *job.weights;
+  const QuantizedRowLayout& layout = segments.layout;
+  const size_t x_row_bytes = job.x_row_bytes, first_segment = first * (16 / SegmentRows) / segments.tiles;
   const uint8_t* codes = x + first * 64;
-  size_t segment = first * (16 / SegmentRows) / segments.tiles;
+  const uint8_t* corrections = x + layout.corrections_at + first_segment * 4;
+  const uint8_t* x_scales = x + layout.scales_at + first_segment * segments.scale_step * 4;
+  const uint8_t* scales = ScalesOf(w, strip, first_segment * segments.scale_step);
+  const size_t scale_bytes = segments.scale_step * kStripColumns * (segments.fp16 ? 2 : 4);
+  const size_t strip_scale_bytes = w.groups * kStripColumns * (segments.fp16 ? 2 : 4);
+  size_t segments_left = layout.segments - first_segment, tiles_left = segments.tiles;
   typename Isa::IntVec ints[Rows][Strips][kChains];
-  // Sums of a segment begin with its correction. (Padding can open a segment past K, which nothing is added to.)
-  const auto begin_segment = [&](int m) __attribute__((always_inline)) {
-    const size_t at = segments.layout.corrections_at + Min(segment, segments.layout.segments - 1) * 4;
-    const typename Isa::IntVec start = Isa::StartInt(Isa::kStoredCodes ? LoadInt(x + m * job.x_row_bytes + at) : 0);
+  // Sums of a segment begin with its correction.
+  const auto begin_segment = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Rows; ++m) {
+      const typename Isa::IntVec start = Isa::StartInt(Isa::kStoredCodes ? LoadInt(corrections + m * x_row_bytes) : 0);
 #pragma GCC unroll 2
-    for (int s = 0; s < Strips; ++s) {
-      ints[m][s][0] = start;
-      for (int c = 1; c < kChains; ++c) ints[m][s][c] = Isa::ZeroInt();
+      for (int s = 0; s < Strips; ++s) {
+        ints[m][s][0] = start;
+        for (int c = 1; c < kChains; ++c) ints[m][s][c] = Isa::ZeroInt();
+      }
     }
   };
-#pragma GCC unroll 16
-  for (int m = 0; m < Rows; ++m) begin_segment(m);
+  begin_segment();
   for (size_t tile = first; tile < last; ++tile) {
     source.BeginTile();
+    for (int s = 0; s < Strips; ++s) __builtin_prefetch(scales + s * strip_scale_bytes + kScalesAhead);
 #pragma GCC unroll 4
     for (int part = 0; part < 16 / SegmentRows; ++part) {
 #pragma GCC unroll 16
       for (int r = 0; r < SegmentRows; ++r) {
         const int row = part * SegmentRows + r;
         typename Isa::Weight weights[Strips];
+#pragma GCC unroll 2
         for (int s = 0; s < Strips; ++s) weights[s] = source.Row(row, s);
 #pragma GCC unroll 16
         for (int m = 0; m < Rows; ++m)
           for (int s = 0; s < Strips; ++s)
-            ints[m][s][r % kChains] =
-                Isa::Dot(ints[m][s][r % kChains], weights[s], codes + m * job.x_row_bytes + row * 4);
+            ints[m][s][r % kChains] = Isa::Dot(ints[m][s][r % kChains], weights[s], codes + m * x_row_bytes + row * 4);
         if ((r + 1) % (SegmentRows < 8 ? SegmentRows : 8) != 0) continue;
 #pragma GCC unroll 16
         for (int m = 0; m < Rows; ++m)
           for (int s = 0; s < Strips; ++s)
             for (int c = 0; c < kChains; ++c) ints[m][s][c] = Isa::Settled(ints[m][s][c]);
       }
-      if (SegmentRows == 16 && (tile + 1) % segments.tiles != 0 && tile + 1 < last) continue;
-      const bool real = segment < segments.layout.segments;
-      const size_t group = segment * segments.scale_step;
-      ++segment;
-      if (!real) continue;
-      typename Isa::Vec scales[Strips];
-      for (int s = 0; s < Strips; ++s) scales[s] = Isa::Scales(ScalesOf(w, strip + s, group), segments.fp16);
+      if (SegmentRows == 16 && --tiles_left != 0 && tile + 1 < last) continue;
+      typename Isa::Vec weight_scales[Strips];
+      for (int s = 0; s < Strips; ++s) weight_scales[s] = Isa::Scales(scales + s * strip_scale_bytes, segments.fp16);
+#pragma GCC unroll 16
       for (int m = 0; m < Rows; ++m) {
-        const float x_scale = LoadFloat(x + m * job.x_row_bytes + segments.layout.scales_at + group * 4);
+        const float x_scale = LoadFloat(x_scales + m * x_row_bytes);
         for (int s = 0; s < Strips; ++s) {
           typename Isa::IntVec total = ints[m][s][0];
           for (int c = 1; c < kChains; ++c) total = Isa::AddInt(total, ints[m][s][c]);
-          sums[m][s] = Isa::Flush(sums[m][s], total, scales[s], x_scale);
+          sums[m][s] = Isa::Flush(sums[m][s], total, weight_scales[s], x_scale);
         }
-        begin_segment(m);
       }
+      if (--segments_left == 0) return;  // what is left of the tile is padding
+      tiles_left = segments.tiles;
+      corrections += 4;
+      x_scales += segments.scale_step * 4;
+      scales += scale_bytes;
+      begin_segment();
     }
     codes += 64;
   }
 }
 
-template <class Isa, bool Int4, bool Sparse, int SegmentRows, int Rows>
-void DirectQuantizedRows(const MatMulJob& job) {
+template <class Isa, bool Int4, bool Sparse, int SegmentRows, int Rows, int Strips>
+void DirectQuantizedStrips(const MatMulJob& job, const Segments& segments, size_t strip) {
   const PackedView& w = *job.weights;
-  const Segments segments = SegmentsOf(w);
   const size_t first = job.first_run * TilesPerRun(w.type), last = Min(job.last_run * TilesPerRun(w.type), w.tiles);
   using Stream = typename Isa::template Stream<Int4, Sparse>;
-  for (size_t strip = job.first_strip; strip < job.last_strip; ++strip) {
-    typename Isa::Vec sums[Rows][1];
-    for (int m = 0; m < Rows; ++m) sums[m][0] = FirstSum<Isa>(job, segments, strip, static_cast<size_t>(m));
-    OneStrip<Stream> source = {Stream(StartOf(w, strip, job.first_run))};
-    MultiplyTiles<Isa, SegmentRows, Rows, 1>(job, segments, strip, first, last, static_cast<const uint8_t*>(job.x),
-                                             sums, source);
-    for (int m = 0; m < Rows; ++m)
-      Isa::Store(job.y + m * job.y_stride + strip * kStripColumns, ColumnsOf(w, strip), sums[m][0]);
-    FinishStrips(job, strip, 1);
+  typename Isa::Vec sums[Rows][Strips];
+  for (int m = 0; m < Rows; ++m)
+    for (int s = 0; s < Strips; ++s) sums[m][s] = FirstSum<Isa>(job, segments, strip + s, static_cast<size_t>(m));
+  const auto* x = static_cast<const uint8_t*>(job.x);
+  if constexpr (Strips == 2) {
+    StreamRows<Stream, 2> source = {
+        {Stream(StartOf(w, strip, job.first_run)), Stream(StartOf(w, strip + 1, job.first_run))}};
+    MultiplyTiles<Isa, SegmentRows, Rows, 2>(job, segments, strip, first, last, x, sums, source);
+  } else {
+    StreamRows<Stream, 1> source = {{Stream(StartOf(w, strip, job.first_run))}};
+    MultiplyTiles<Isa, SegmentRows, Rows, 1>(job, segments, strip, first, last, x, sums, source);
   }
+  for (int m = 0; m < Rows; ++m)
+    for (int s = 0; s < Strips; ++s)
+      Isa::Store(job.y + m * job.y_stride + (strip + s) * kStripColumns, ColumnsOf(w, strip + s), sums[m][s]);
+  FinishStrips(job, strip, Strips);
+}
+
+template <class Isa, bool Int4, bool Sparse, int SegmentRows, int Rows>
+void DirectQuantizedRows(const MatMulJob& job) {
+  const Segments segments = SegmentsOf(*job.weights);
+  size_t strip = job.first_strip;
+  if constexpr (!Int4 && Isa::kInt8Strips == 2)
+    for (; strip + 2 <= job.last_strip; strip += 2)
+      DirectQuantizedStrips<Isa, Int4, Sparse, SegmentRows, Rows, 2>(job, segments, strip);
+  for (; strip < job.last_strip; ++strip)
+    DirectQuantizedStrips<Isa, Int4, Sparse, SegmentRows, Rows, 1>(job, segments, strip);
 }
 
 template <class Isa, bool Int4, bool Sparse, int SegmentRows, int Rows>

@@ -11,6 +11,7 @@ namespace {
 
 struct ScalarBase : ScalarLanes {
   static constexpr size_t kDirectRows = 2;
+  static constexpr int kInt8Strips = 1;
   static constexpr size_t kRowsOfTwoStrips = 0;
   static constexpr size_t kBlockRows = 4;
   static constexpr size_t kBlockStrips = 1;
