@@ -390,27 +390,6 @@ TEST(Format, EveryTruncationIsRefused) {
   }
 }
 
-TEST(Format, RandomDamageIsHarmless) {
-  std::mt19937 random(10);
-  for (PackOptions options : AllOptions()) {
-    for (const Form form : kForms) {
-      options.form = form;
-      const std::vector<float> w = RandomWeights({200, 70}, 0.6, 11, options.type);
-      const Blob blob = MustPack(RowMajor(w, {200, 70}), options);
-      for (int i = 0; i < 1000; ++i) {
-        Blob damaged = blob;
-        const int changes = 1 + static_cast<int>(random() % 4);
-        for (int c = 0; c < changes; ++c) {
-          // Half of them near the beginning, where the structure is.
-          const size_t range = random() % 2 == 0 ? blob.size() : 512;
-          damaged[random() % range] = static_cast<uint8_t>(random());
-        }
-        ExpectHarmless(damaged);
-      }
-    }
-  }
-}
-
 TEST(Format, HugeSizesAreRefusedNotMultiplied) {
   const Blob blob = MustPack(RandomWeights({70, 40}, 0.5, 12), {70, 40}, WeightType::kBf16, Form::kSparse);
   for (const uint64_t k : {0x7fffffffull, 0x80000000ull, 0x100000000ull, 0xffffffffffffffffull}) {
