@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from sparamx_onnx.loading import LoadedModel
 from sparamx_onnx.ops.errors import SparamxError
 
 _LOCK = "lock"
+# A folder without a lock that nobody has changed for so long belongs to no running conversion.
+_SECONDS_WITHOUT_LOCK = 60
 
 
 class FileOutput:
@@ -184,9 +187,15 @@ def _remove_abandoned(output: Path) -> None:
 
 
 def _remove_if_unlocked(folder: Path) -> None:
-    with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if not (folder / _LOCK).exists():
+            # Killed before it had the lock or while it was cleaning up; or it is just about to take the lock.
+            if time.time() - folder.stat().st_mtime > _SECONDS_WITHOUT_LOCK:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+        with (folder / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_error(output: Path, error: OSError) -> SparamxError:

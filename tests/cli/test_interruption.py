@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,8 @@ Save = Callable[..., Path]
 Tree = Callable[[Path], dict[str, bytes]]
 
 SIZE = 2048
+# How many conversions are killed at random moments.
+KILLS = int(os.environ.get("SPARAMX_TEST_COUNT") or 8)
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 
@@ -111,6 +115,80 @@ def test_an_interrupted_replacement_leaves_the_old_output(model: Path, tree: Tre
     after = tree(model.parent)
     assert {name: after[name] for name in before} == before
     sparamx_onnx.InferenceSession(small)  # it is whole: it loads
+
+
+def _wait_for(process: subprocess.Popen[str], moment: Callable[[], bool], seconds: float) -> None:
+    """Until it is the moment, the time is over or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not moment() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.0002)
+
+
+def _kill_at_random(command: list[str], target: Path, whole_seconds: float, rng: random.Random) -> int:
+    """Starts a conversion and ends it: at any time, at any time of its writing, or while it puts its files in place."""
+    data = target.with_name(target.name + ".data")
+    inode = data.stat().st_ino if data.exists() else None
+    number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/") as process:
+        try:
+            match rng.randrange(3):
+                case 0:
+                    _wait_for(process, lambda: False, rng.uniform(0, 1.1 * whole_seconds))
+                case 1:
+                    _wait_for(process, lambda: any(target.parent.glob(".*")), 60)
+                    _wait_for(process, lambda: False, rng.uniform(0, 0.5 * whole_seconds))
+                case _:
+                    _wait_for(process, lambda: data.exists() and data.stat().st_ino != inode, 60)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode in (0, INTERRUPTED[number], -number), errors
+    return process.returncode
+
+
+def test_conversions_killed_at_any_moment_leave_all_or_nothing(model: Path, tree: Tree) -> None:
+    """Whatever is there afterwards is what was there before, or the whole new model, or no model."""
+    rng = random.Random(0)
+    target = model.with_name("large.sparse.onnx")
+    names = (target.name, target.name + ".data")
+    commands = {share: _convert(model, "--force", "--sparsity", share) for share in ("0.5", "0.7")}
+    inputs = tree(model.parent)
+    contents = {}
+    for share, command in commands.items():
+        start = time.monotonic()
+        subprocess.run(command, capture_output=True, check=True, timeout=120)
+        whole_seconds = time.monotonic() - start
+        contents[share] = tuple(target.with_name(name).read_bytes() for name in names)
+
+    outcomes: Counter[str] = Counter()
+    for _ in range(KILLS):
+        before = tuple(path.read_bytes() if path.exists() else None for path in (model.with_name(n) for n in names))
+        share = rng.choice(sorted(commands))
+        code = _kill_at_random(commands[share], target, whole_seconds, rng)
+        after = tree(model.parent)
+        assert {name: after[name] for name in inputs} == inputs
+        found = tuple(after.get(name) for name in names)
+        hidden = {Path(name).parts[0] for name in after if name.startswith(".")}
+        assert set(after) - set(inputs) - set(names) == {name for name in after if name.startswith(".")}
+        if found == contents[share]:
+            outcome = "new model"
+        elif found == before:
+            outcome = "as before"
+        else:
+            assert found in ((None, before[1]), (None, contents[share][1])), "half a model"
+            outcome = "no model, but data"
+        assert outcome == "new model" or code != 0
+        # What a kill leaves behind is gone with the next conversion; the others clean up themselves.
+        assert len(hidden) <= (code == -signal.SIGKILL)
+        outcomes[f"{outcome}{', a hidden folder' if hidden else ''}"] += 1
+        if rng.random() < 0.3:
+            for name in names:
+                target.with_name(name).unlink(missing_ok=True)
+    subprocess.run(commands["0.5"], capture_output=True, check=True, timeout=120)
+    assert tuple(target.with_name(name).read_bytes() for name in names) == contents["0.5"]
+    assert {path.name for path in model.parent.iterdir()} == {*inputs, *names}
+    print(f"{KILLS} conversions interrupted: {dict(outcomes)}")
 
 
 def test_two_conversions_at_once_do_not_disturb_each_other(model: Path) -> None:

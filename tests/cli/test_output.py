@@ -86,6 +86,19 @@ def test_a_killed_run_is_cleaned_up_by_the_next_but_a_running_one_is_not(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_without_a_lock_goes_when_it_is_old(tmp_path: Path) -> None:
+    """A run that was killed before it took the lock, or while it was cleaning up."""
+    output = tmp_path / "out.onnx"
+    old, young = (tmp_path / f".out.onnx.sparamx-{name}" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "out.onnx.data").write_bytes(bytes(1000))
+    os.utime(old, (0, 0))
+    with staging(output):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [young.name]
+
+
 @pytest.mark.parametrize("existing", ["out.onnx", "out.onnx.data"])
 def test_either_file_is_protected_without_force(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_bytes(b"precious")
