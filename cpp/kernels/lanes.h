@@ -9,7 +9,7 @@ namespace sparamx {
 namespace {
 
 typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t LanesInt __attribute__((vector_size(64)));
+typedef uint32_t LanesBits __attribute__((vector_size(64)));  // wraps around, as a NaN's bits may
 
 #define SPARAMX_INLINE inline __attribute__((always_inline))
 
@@ -34,8 +34,9 @@ SPARAMX_INLINE void Exp(Lanes* x) {
   p = p * r + 1.66665182e-1f;
   p = p * r + 4.99999881e-1f;
   p = p * r * r + r + 1.0f;
-  const LanesInt exponent = ((LanesInt)shifted - (LanesInt)magic) << 23;
-  *x = (Lanes)((LanesInt)p + exponent);
+  const LanesBits exponent = ((LanesBits)shifted - (LanesBits)magic) << 23;
+  const Lanes y = (Lanes)((LanesBits)p + exponent);
+  *x = v == v ? y : v;  // the sum may be a number where v is not
 }
 
 }  // namespace
