@@ -1,4 +1,4 @@
-# What a developer runs: `make test`, `make demo`, `make bench`. Everything made lies in build/, .venv/ and .venv-oldest/.
+# What a developer runs: `make test`, `make demo`, `make bench`, `make reliability`. Everything made lies in build/, .venv/ and .venv-oldest/.
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -17,7 +17,7 @@ CPP_TESTS := $(shell find tests/cpp tests/amx_emulator -type f)
 FORMATTED := $(shell find cpp tests/cpp tests/amx_emulator examples benchmarks -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 .DELETE_ON_ERROR:
-.PHONY: build demo quality tinylm test test-all test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest lint format bench wheel clean distclean
+.PHONY: build demo quality tinylm test test-all test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest reliability lint format bench wheel clean distclean
 
 build: $(VENV)/.installed
 
@@ -42,6 +42,14 @@ quality: build
 	$(BIN)/python benchmarks/quality.py --json benchmarks/measured/quality.json
 	$(BIN)/python benchmarks/decoder_quality.py --json benchmarks/measured/decoder_quality.json
 	$(BIN)/python benchmarks/page.py
+
+# Damage, interruptions and an hour of everything at once, in the numbers of docs/reliability.md: two hours on one core.
+reliability: build/asan/build.ninja $(VENV)/.installed
+	cmake --build build/asan --parallel $(JOBS)
+	SPARAMX_TEST_COUNT=100000 build/asan/tests/cpp/sparamx_tests --gtest_filter='*.Damaged*'
+	SPARAMX_TEST_COUNT=2000 $(BIN)/python -m pytest -rP tests/cli/test_mutations.py
+	SPARAMX_TEST_COUNT=200 $(BIN)/python -m pytest -rP tests/cli/test_interruption.py -k any_moment
+	$(BIN)/python benchmarks/soak.py --minutes 60 --json build/benchmarks/soak.json
 
 # Trains the decoder of models/tinylm/checkpoint anew, about 15 minutes of one core; SPARAMX_TINYLM=build/tinylm uses it.
 tinylm: build/tinylm/training.json

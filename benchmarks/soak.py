@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 import machine
+import numpy as np
 import soak_engine
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=4, help="in each process")
     parser.add_argument("--cpus", type=float, default=2.0, help="CPUs' worth of time that all processes take together")
+    parser.add_argument("--kinds", default="", metavar="REGEX", help="only calls whose name it finds")
     parser.add_argument("--folder", type=Path, default=BUILD)
     parser.add_argument("--json", type=Path, metavar="OUT.json")
     arguments = parser.parse_args()
@@ -51,7 +52,8 @@ def main() -> None:
     print(machine.headline(about))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        errors = expect(Path(folder))
+        chosen = [kind for kind in soak_engine.kinds(Path(folder)) if re.search(arguments.kinds, kind.name)]
+        errors = expect(Path(folder), chosen)
         result = soak(Path(folder), arguments)
     document = {"machine": about, "date": f"{datetime.now(UTC):%Y-%m-%d}", "expected": errors, **result}
     print(summary(document))
@@ -61,11 +63,11 @@ def main() -> None:
     sys.exit(bool(document["wrong"] or document["died"] or document["growth"] > MOST_GROWTH))
 
 
-def expect(folder: Path) -> dict[str, float]:
+def expect(folder: Path, chosen: list[soak_engine.Kind]) -> dict[str, float]:
     """Writes the models and what every kind of call should give; how far that is from the reference."""
-    soak_engine.prepare(folder)
+    soak_engine.prepare(chosen)
     digests, errors = {}, {}
-    for kind in soak_engine.kinds(folder):
+    for kind in chosen:
         results, references = kind.run(kind.open(1)), kind.reference()
         digests[kind.name] = soak_engine.digest(results)
         errors[kind.name] = max(

@@ -56,9 +56,17 @@ ATTENTION_NEAR = 1e-4
 class Kind(Protocol):
     """A call that always gives the same."""
 
-    name: str
-    shared: bool  # whether threads may use one session at the same time
-    near: float  # of the reference, relative to the largest number
+    @property
+    def name(self) -> str:
+        """Of the kind, among all."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether threads may use one session at the same time."""
+
+    @property
+    def near(self) -> float:
+        """How far the reference may be, relative to its largest number."""
 
     def open(self, threads: int) -> Any:
         """A session."""
@@ -70,14 +78,17 @@ class Kind(Protocol):
         """About the same, computed in another way."""
 
 
-def prepare(folder: Path) -> None:
-    """Writes all models, once."""
-    decoder = tinylm.export(folder / "tinylm")
-    for weights, attention in [*DECODERS.items(), ("fp32", "keep")]:
-        sparamx_onnx.convert(
-            decoder, decoder.with_name(f"{weights}.onnx"), method="magnitude", weights=weights, attention=attention
-        )
-    for kind in kinds(folder):
+def prepare(chosen: Sequence[Kind]) -> None:
+    """Writes the models of these kinds."""
+    texts = [kind for kind in chosen if isinstance(kind, Text)]
+    if texts:
+        decoder = tinylm.export(texts[0].model.parent)
+        for path, weights, attention in [
+            *((kind.model, kind.weights, DECODERS[kind.weights]) for kind in texts),
+            (texts[0].reference_model, "fp32", "keep"),
+        ]:
+            sparamx_onnx.convert(decoder, path, method="magnitude", weights=weights, attention=attention)
+    for kind in chosen:
         if isinstance(kind, Product):
             kind.write()
         elif isinstance(kind, Conversation):
@@ -343,6 +354,11 @@ class Text:
         """A packed cache is pruned."""
         return DECODER_NEAR[self.weights]
 
+    @property
+    def reference_model(self) -> Path:
+        """That of all of them."""
+        return self.model.with_name("fp32.onnx")
+
     def open(self, threads: int) -> DecoderSession:
         """A session with room for all tokens."""
         return DecoderSession(self.model, capacity=256, threads=threads)
@@ -356,7 +372,7 @@ class Text:
 
     def reference(self) -> Arrays:
         """The same weights in fp32, and ONNX Runtime's own attention."""
-        return self.run(DecoderSession(self.model.with_name("fp32.onnx"), capacity=256, threads=1))
+        return self.run(DecoderSession(self.reference_model, capacity=256, threads=1))
 
 
 @dataclass
@@ -394,7 +410,7 @@ class Soak:
     def __init__(self, folder: Path, cpus: float) -> None:
         """`cpus`: seconds of CPU time that the process may take for each second."""
         self._expected: dict[str, str] = json.loads((folder / EXPECTED).read_text())
-        self._sessions = [Sessions(kind) for kind in kinds(folder)]
+        self._sessions = [Sessions(kind) for kind in kinds(folder) if kind.name in self._expected]
         self._cpus = cpus
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -427,6 +443,14 @@ class Soak:
             return f"{type(error).__name__}: {error}"
         return "" if result == self._expected[sessions.kind.name] else f"other bits: {result}"
 
+    def stop(self) -> None:
+        """Ends all threads after their runs."""
+        self._stop.set()
+
+    def _stop_at_the_end_of_input(self) -> None:
+        sys.stdin.read()
+        self.stop()
+
     def report(self) -> None:
         """Prints a line."""
         with self._lock:
@@ -437,7 +461,7 @@ class Soak:
     def run(self, threads: int, seed: int) -> None:
         """Until standard input ends."""
         workers = [threading.Thread(target=self.work, args=(1000 * seed + index,)) for index in range(threads)]
-        end = threading.Thread(target=lambda: (sys.stdin.read(), self._stop.set()), daemon=True)
+        end = threading.Thread(target=self._stop_at_the_end_of_input, daemon=True)
         for thread in (*workers, end):
             thread.start()
         while not self._stop.wait(REPORT_SECONDS):

@@ -1,11 +1,16 @@
-"""Damages models, converts them through the command line, and compares what comes out; dies where a conversion would.
+"""Damages models and converts them, or damages converted models and runs them; dies where the product would.
 
-Arguments: a folder to work in, the first number and the number after the last. A number determines the model, the
-damage and the options. For each it prints a line of JSON before each stage, and one with the outcome:
+Arguments: `convert` or `run`, a folder to work in, the first number and the number after the last. A number determines
+the model, the damage and the options. For each it prints a line of JSON before each stage, and one with the outcome.
+
+Of a damaged model that is converted through the command line:
 
 ``refused``: exit code 2 and one sentence, and nothing written. ``same``: the converted model gives what the damaged one
-gives. ``unusable``: ONNX Runtime does not run the damaged model, so there is nothing to compare with. Anything else
-begins with ``WRONG``.
+gives. ``unusable``: ONNX Runtime does not run the damaged model, so there is nothing to compare with.
+
+Of a damaged converted model that a session opens and runs: ``refused``, with a message, or ``ran``.
+
+Anything else begins with ``WRONG``.
 """
 
 from __future__ import annotations
@@ -132,6 +137,27 @@ def _fused(rng: np.random.Generator) -> onnx.ModelProto:
     return _model(nodes, weights, {"x": [2, 3, K]}, functions=[function])
 
 
+def _decoder(rng: np.random.Generator) -> onnx.ModelProto:
+    nodes = [
+        node("MatMul", ["x", "w"], ["qkv"]),
+        node(
+            "GroupQueryAttention", ["qkv", "", "", "past.key", "past.value", "last", "total", "cos", "sin"],
+            ["a", "present.key", "present.value"], domain="com.microsoft", num_heads=4, kv_num_heads=2, do_rotary=1,
+        ),
+        node("MatMul", ["a", "v"], ["y"]),
+    ]  # fmt: skip
+    weights = {
+        "w": _weights(rng, K, 128), "v": _weights(rng, 64, N), "last": np.array([4, 4], np.int32),
+        "total": np.array(5, np.int32), "cos": rng.random((9, 8)).astype(np.float32),
+        "sin": rng.random((9, 8)).astype(np.float32),
+    }  # fmt: skip
+    cache = ["batch", 2, "past", 16]
+    model = _model(nodes, weights, {"x": [2, 5, K], "past.key": cache, "past.value": cache})
+    for name in ("present.key", "present.value"):
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    return model
+
+
 MODELS = [_mlp, _bodies, _quantized, _fused]
 OPTIONS = [
     *[["--weights", "fp32"]] * 4,
@@ -139,6 +165,12 @@ OPTIONS = [
     ["--weights", "int8"],
     ["--weights", "int4", "--group-size", "16"],
     ["--dry-run"],
+]
+
+# What converted models are made from, with which options.
+CONVERTED = [
+    *((make, ["--weights", weights]) for make in MODELS for weights in ("fp32", "bf16", "int8", "int4")),
+    *((_decoder, ["--weights", "bf16", "--attention", attention]) for attention in ("fast", "packed") * 4),
 ]
 
 
@@ -260,8 +292,7 @@ def _attribute(model: onnx.ModelProto, rng: random.Random) -> None:
         "perm",
         "block_size",
         "to",
-        "K",
-        "N",
+        *("K", "N", "splits", "epilogue", "roles", "num_heads", "cache", "k_sparsity", "recent"),
     ]
     value = rng.choice(
         [0, 1, -1, 2, 5, 2**40, -(2**63), 0.0, 1.5, float("nan"), "text", "", [], [1, 0], [0, 0, 5], [1.5], b"\xff"]
@@ -427,24 +458,28 @@ def write_damaged(number: int, path: Path) -> str:
     """Writes the model of a number; returns what was done to it."""
     rng = random.Random(number)
     make = rng.choice(MODELS)
-    model = make(np.random.default_rng(number))
+    return f"{make.__name__} {damage(make(np.random.default_rng(number)), path, number, rng)}"
+
+
+def damage(model: onnx.ModelProto, path: Path, number: int, rng: random.Random) -> str:
+    """Writes a model with damage; returns which."""
     if number % 8 == 0:
         onnx.save(model, path, save_as_external_data=True, location="m.bin", size_threshold=0)
         _damage_external(path, rng)
-        return f"{make.__name__} external"
+        return "external"
     if number % 8 == 1:
         onnx.save(model, path)
         _damage_bytes(path, rng)
-        return f"{make.__name__} bytes"
+        return "bytes"
     damages = rng.choices(DAMAGES, k=rng.choice([1, 1, 1, 2, 3]))
     done = []
-    for damage in damages:
+    for one in damages:
         # A model that is damaged already may lack what the next damage looks for.
         with contextlib.suppress(LookupError, ValueError, TypeError, OverflowError, AttributeError):
-            damage(model, rng)
-            done.append(damage.__name__)
+            one(model, rng)
+            done.append(one.__name__)
     path.write_bytes(model.SerializeToString())
-    return f"{make.__name__} {' '.join(done)}"
+    return " ".join(done)
 
 
 # --- what becomes of it -----------------------------------------------------------------------------------------------
@@ -455,9 +490,11 @@ def _run(session: onnxruntime.InferenceSession) -> list[np.ndarray]:
     feeds = {}
     for value in session.get_inputs():
         shape = [d if isinstance(d, int) and 0 <= d < 1000 else 2 for d in value.shape]
-        kind = {"tensor(bool)": np.bool_, "tensor(float)": np.float32}.get(value.type)
+        kind = {"tensor(bool)": np.bool_, "tensor(float)": np.float32, "tensor(uint8)": np.uint8}.get(value.type)
         if kind is None:
             raise ValueError(value.type)
+        if kind is np.uint8:
+            shape[-1:] = [0]  # a packed cache without tokens
         feeds[value.name] = (
             rng.standard_normal(shape) > -9 if kind is np.bool_ else rng.standard_normal(shape)
         ).astype(kind)
@@ -528,14 +565,36 @@ def attempt(folder: Path, number: int, stage: Callable[[str], None]) -> str:
     return _compare(folder, tolerance if "fp32" in arguments else None, stage)
 
 
+def attempt_run(folder: Path, number: int, stage: Callable[[str], None]) -> str:
+    """What becomes of the converted model of a number."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rng = random.Random(number)
+    make, options = rng.choice(CONVERTED)
+    onnx.save(make(np.random.default_rng(number)), folder / "m.onnx")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.run(["convert", str(folder / "m.onnx"), *options]) == 0
+    damaged = folder / "damaged.onnx"
+    what = damage(onnx.load(folder / "m.sparse.onnx"), damaged, number, rng)
+    stage(f"{make.__name__} {' '.join(options)}: {what}")
+    try:
+        session = sparamx_onnx.InferenceSession(damaged, _options())
+        stage("running the damaged")
+        _run(session)
+    except Exception as error:
+        return f"refused: {error}" if str(error) else f"WRONG: {type(error).__name__} without a word"
+    return "ran"
+
+
 def main() -> None:
-    folder, first, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    attempt_one = {"convert": attempt, "run": attempt_run}[sys.argv[1]]
+    folder, first, end = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     for number in range(first, end):
 
         def stage(what: str, number: int = number) -> None:
             print(json.dumps([number, "stage", what]), flush=True)
 
-        print(json.dumps([number, "outcome", attempt(folder / "work", number, stage)]), flush=True)
+        print(json.dumps([number, "outcome", attempt_one(folder / "work", number, stage)]), flush=True)
 
 
 if __name__ == "__main__":
