@@ -10,10 +10,12 @@
 
 namespace sparamx {
 
-// SPARAMX_TEST_COUNT where it is set, for tests that are worth repeating.
+// SPARAMX_TEST_COUNT where it is set, for tests that are worth repeating; otherwise few where instructions are
+// emulated.
 inline size_t TestCount(size_t usual) {
   const char* count = std::getenv("SPARAMX_TEST_COUNT");
-  return count == nullptr ? usual : std::strtoull(count, nullptr, 10);
+  if (count != nullptr) return std::strtoull(count, nullptr, 10);
+  return std::getenv("SPARAMX_TEST_LEVEL") == nullptr ? usual : usual / 20;
 }
 
 // One to four changes, half of them in the first `structure` bytes: bits, bytes, numbers of 4 and 8 bytes that become
