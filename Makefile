@@ -40,7 +40,7 @@ bench: build
 # charts of docs/ from everything in benchmarks/measured/.
 quality: build
 	$(BIN)/python benchmarks/quality.py --json benchmarks/measured/quality.json
-	$(BIN)/python benchmarks/decoder_quality.py --json benchmarks/measured/decoder_quality.json
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/decoder_quality.py --json benchmarks/measured/decoder_quality.json
 	$(BIN)/python benchmarks/page.py
 
 # Damage, interruptions and an hour of everything at once, in the numbers of docs/reliability.md: two hours on one core.

@@ -3,17 +3,16 @@
 
 The model has its real weights; calibration and test sentences are docstrings of Python's standard library, none of them
 in both. Cosine: between the embedding of a sentence before and after. Neighbours: of the 10 sentences nearest to a
-sentence before, how many are among the 10 nearest after.
+sentence before, how many are among the 10 nearest after. With --json, what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import machine
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from documents import Cells
 
 import sparamx_onnx
 from sparamx_onnx.models import minilm, sentences
@@ -50,10 +50,34 @@ def main() -> None:
     arguments = parser.parse_args()
     about = machine.describe()
     print(machine.headline(about))
+    cells = Cells(arguments.json, about, ("method", "sparsity", "pattern"))
+    common = {"method": None, **{name: getattr(arguments, name) for name in ("calibration", "test", "weights")}}
+    if cells.has(common) and common not in cells:
+        raise SystemExit(f"{arguments.json} was measured with other sentences or weights; name another file")
+    cells.add(common)
+    todo = [case for case in cases(arguments) if not cells.has(case)]
+    if todo:
+        for row in measure(todo, arguments):
+            cells.add(row)
+            cells.save()
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The model packed as it is, and pruned by every method."""
+    yield {"method": "keep"}
+    for method in arguments.methods:
+        for sparsity in arguments.sparsities:
+            yield {"method": method, "sparsity": sparsity}
+        if "allocation" not in METHODS[method]:
+            for pattern in arguments.patterns:
+                yield {"method": method, "pattern": pattern}
+
+
+def measure(todo: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """How far the embeddings move in every case."""
     found = sentences.collect(arguments.test + arguments.calibration)
     test, calibration = found[: arguments.test], found[arguments.test :]
     print(f"{len(calibration)} calibration sentences, {len(test)} others to judge; {arguments.weights} weights")
-    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "minilm.onnx"
         minilm.export(dense)
@@ -61,37 +85,28 @@ def main() -> None:
         write_calibration(calibration, inputs)
         expected = embed(dense, test)
         print(f"{'method':<26}{'zeros':>8}{'cosine':>9}{'lowest':>9}{'neighbours':>12}{'seconds':>9}")
-        for method in arguments.methods:
-            kinds: list[dict[str, Any]] = [{"sparsity": sparsity} for sparsity in arguments.sparsities]
-            if "allocation" not in METHODS[method]:
-                kinds += [{"pattern": pattern} for pattern in arguments.patterns]
-            for kind in kinds:
-                options = {**METHODS[method], **kind}
-                if method != "magnitude":
-                    options["calibration"] = inputs
-                start = time.perf_counter()
-                pruned = sparamx_onnx.convert(
-                    dense, Path(folder) / "pruned.onnx", weights=arguments.weights, force=True, **options
-                )
-                seconds = time.perf_counter() - start
-                assert pruned.output is not None
-                row = {
-                    "method": method,
-                    **kind,
-                    "zeros": zeros(pruned),
-                    **judge(expected, embed(Path(pruned.output), test)),
-                    "seconds": seconds,
-                }
-                results.append(row)
-                print(
-                    f"{method:<26}{kind.get('pattern') or format(row['zeros'], '.1%'):>8}{row['cosine']:>9.4f}"
-                    f"{row['lowest_cosine']:>9.4f}{row['neighbours']:>12.4f}{seconds:>9.1f}",
-                    flush=True,
-                )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        about_run = {"calibration": len(calibration), "test": len(test), "weights": arguments.weights}
-        arguments.json.write_text(json.dumps({"machine": about, **about_run, "results": results}, indent=1) + "\n")
+        for case in todo:
+            options = {**case, **METHODS.get(case["method"], {})}
+            if case["method"] not in ("keep", "magnitude"):
+                options["calibration"] = inputs
+            start = time.perf_counter()
+            pruned = sparamx_onnx.convert(
+                dense, Path(folder) / "pruned.onnx", weights=arguments.weights, force=True, **options
+            )
+            seconds = time.perf_counter() - start
+            assert pruned.output is not None
+            row = {
+                **case,
+                "zeros": zeros(pruned),
+                **judge(expected, embed(Path(pruned.output), test)),
+                "seconds": seconds,
+            }
+            print(
+                f"{case['method']:<26}{case.get('pattern') or format(row['zeros'], '.1%'):>8}{row['cosine']:>9.4f}"
+                f"{row['lowest_cosine']:>9.4f}{row['neighbours']:>12.4f}{seconds:>9.1f}",
+                flush=True,
+            )
+            yield row
 
 
 def write_calibration(texts: Iterable[str], folder: Path) -> None:

@@ -30,17 +30,18 @@ def find(cells: Iterable[Cell], **wanted: Any) -> Cell | None:
 
 def minilm_text() -> str:
     """What was judged by how many sentences."""
-    document = load("quality")
+    common, *results = load("quality")["cells"]
+    kept = find(results, method="keep")
     return (
-        f"{document['calibration']} sentences to calibrate with and {document['test']} others to judge by are\n"
-        f"docstrings of Python's standard library. Packed as {document['weights']} by `convert`; nothing was trained "
-        "afterwards."
+        f"{common['calibration']} sentences to calibrate with and {common['test']} others to judge by are docstrings "
+        f"of Python's standard library.\nPacked as {common['weights']} by `convert`; nothing was trained afterwards."
+        + (f" Packed without pruning, the mean cosine is {kept['cosine']:.5f}." if kept else "")
     )
 
 
 def minilm(figure: str) -> str:
     """A figure of every method at every sparsity."""
-    results = load("quality")["results"]
+    results = [cell for cell in load("quality")["cells"] if cell["method"] not in (None, "keep")]
     sparsities = sorted({cell["sparsity"] for cell in results if "sparsity" in cell})
     patterns = sorted({cell["pattern"] for cell in results if "pattern" in cell})
     rows = []
@@ -194,7 +195,7 @@ def _cache_figures(cell: Cell, whole: Cell, lengths: Sequence[str]) -> list[str]
         "" if same else f"{cell['logits_error'][last]:.4f}",
         "" if same else f"{cell['top1_agreement']:.1%}".replace("%", " %"),
         *(f"{cell['perplexity'][length]:.2f}" for length in lengths),
-        "" if same else f"{cell['perplexity'][last] / whole['perplexity'][last] - 1:+.1%}".replace("%", " %"),
+        "" if same else f"{cell['perplexity'][last] / whole['perplexity'][last] - 1:+z.1%}".replace("%", " %"),
     ]
 
 
@@ -290,7 +291,7 @@ def caches_chart() -> str:
         ),
     )
     for (name, points), colour in zip(lines.items(), plots.COLOURS, strict=False):
-        chart.line(name, points, colour)
+        chart.line(name, points, colour, dashed=name == "both")
     return chart.svg()
 
 

@@ -195,14 +195,19 @@ def test_quality_orders_the_methods(tmp_path: Path) -> None:
     """MiniLM with its real weights: what knows more of the inputs keeps more of the embeddings."""
     options = "--calibration 128 --test 150 --methods magnitude wanda sparsegpt --sparsities 0.5 --patterns"
     document, printed = run("quality.py", tmp_path, *options.split())
-    assert (document["calibration"], document["test"], document["weights"]) == (128, 150, "bf16")
-    rows = {row["method"]: row for row in document["results"]}
+    common, kept, *results = document["cells"]
+    assert (common["calibration"], common["test"], common["weights"]) == (128, 150, "bf16")
+    assert kept["cosine"] > 0.9999
+    rows = {row["method"]: row for row in results}
     for row in rows.values():
         assert row["zeros"] == pytest.approx(0.5, abs=0.002)
         assert f"{row['cosine']:.4f}" in printed
     for figure in ("cosine", "neighbours"):
         assert rows["magnitude"][figure] < rows["wanda"][figure] < rows["sparsegpt"][figure]
     assert rows["sparsegpt"]["cosine"] > 0.9
+    again, printed = run("quality.py", tmp_path, *options.split())
+    assert again["cells"] == document["cells"]
+    assert "sparsegpt" not in printed
 
 
 def test_generation_compares_decoders_and_counts_shared_memory(tmp_path: Path) -> None:
