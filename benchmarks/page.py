@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attention_page
 import generation_page
 import plots
 import quality_page
@@ -26,7 +27,7 @@ from tables import MEASURED, load, table
 import models
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("performance", "generation", "quality")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("performance", "attention", "generation", "quality")]
 PLOTS = ROOT / "docs" / "plots"
 
 TYPES = ["fp32", "bf16", "int8", "int4"]
@@ -315,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = (
             *(levels, other_levels, choice),
         )
     }
+    | attention_page.TABLES
     | generation_page.TABLES
     | quality_page.TABLES
 )

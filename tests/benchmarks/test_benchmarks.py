@@ -155,15 +155,25 @@ def test_memory_watches_the_conversion_and_two_processes(tmp_path: Path) -> None
 
 
 def test_attention_compares_the_operators(tmp_path: Path) -> None:
-    sizes = ["--heads=4", "--kv-heads=2", "--size=16", "--past=70", "--prefill=20", "--layers=2", "--rounds=2"]
+    sizes = ["--heads=4", "--kv-heads=2", "--size=16", "--past=128", "--prefill=20", "--layers=2", "--rounds=2"]
     document, printed = run("attention.py", tmp_path, *sizes)
-    assert [(result["tokens"], result["past"]) for result in document["results"]] == [(1, 70), (20, 0)]
-    for result in document["results"]:
-        assert set(result["turn_medians"]) == {"GroupQueryAttention", "SparseAMXAttention"}
-        assert all(seconds > 0 for seconds in result["median_seconds"].values())
+    step, prompt = document["results"]
+    assert [(step["tokens"], step["past"]), (prompt["tokens"], prompt["past"])] == [(1, 128), (20, 0)]
+    assert list(step["engines"]) == ["GroupQueryAttention", "fast", "packed 30/50", "packed 50/50"]
+    assert list(prompt["engines"]) == ["GroupQueryAttention", "fast"]
+    for result in (step, prompt):
         assert result["relative_error"] < 1e-4
-        assert result["cache_bytes"] == 2 * (result["tokens"] + result["past"]) * 2 * 16 * 4
-    assert "SparseAMXAttention" in printed
+        for name, engine in result["engines"].items():
+            assert engine["seconds"] > engine["packing_seconds"] >= 0
+            if "packed" not in name:
+                assert engine["bytes_of_a_token"] == 2 * 2 * 16 * 4
+                assert engine["bytes_read"] == (result["tokens"] + result["past"]) * engine["bytes_of_a_token"]
+    packed = step["engines"]["packed 50/50"]
+    # Two heads: a bitmap and half of the numbers of two blocks, and a dense one.
+    bitmap, block = 64 * (32 + 16) // 8, 64 * 2 * 16
+    assert packed["bytes_read"] == 2 * (2 * (bitmap + block) + 64 * (32 + 16) * 2)
+    assert packed["bytes_of_a_token"] == 2 * (bitmap + block) // 64
+    assert "packed 30/50" in printed
 
 
 def test_siblings_are_timed_apart_and_fused(tmp_path: Path) -> None:
