@@ -8,6 +8,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attention_heads import inputs_by_role, key_size, last_dimension, value_size
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan, AttentionReason
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_ATTENTION
 from sparamx_onnx.ops.errors import SparamxError
@@ -15,9 +16,6 @@ from sparamx_onnx.ops.packed_cache import CacheLayout, CacheOptions
 
 CACHES_KEY: Final = "sparamx.caches"
 """Key of the model's metadata under which the packed caches stand, as JSON: a list of ``PackedCache``."""
-
-# Dimensions of a tensor whose heads lie side by side; with one more, every head has an axis.
-_SIDE_BY_SIDE = 3
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,7 @@ def _is_ours(node: ir.Node) -> bool:
 
 def _read(node: ir.Node, graph: ir.Graph) -> _Found | str:
     """What there is to pack, or why not."""
-    roles = ["query", *filter(None, node.attributes["roles"].as_string().split(","))]
-    inputs = {role: value for role, value in zip(roles, node.inputs, strict=True) if value is not None}
+    inputs = inputs_by_role(node)
     pasts = [inputs.get("past_key"), inputs.get("past_value")]
     presents = list(node.outputs[1:3])
     if None in pasts or len(presents) < len(pasts):
@@ -169,37 +166,10 @@ def _read(node: ir.Node, graph: ir.Graph) -> _Found | str:
         if present not in graph.outputs or present.uses():
             return "Its cache is not packed: something else reads its present."
     kv_heads = node.attributes["kv_num_heads"].as_int()
-    key_size, value_size = _key_size(node, inputs), _last(inputs["past_value"])
-    if key_size is None:
+    of_key = last_dimension(inputs["past_key"]) or key_size(node)
+    if of_key is None:
         return "Its cache is not packed: the graph does not tell the size of a head."
-    return _Found(inputs, kv_heads, key_size, value_size or _value_size(node) or key_size)
-
-
-def _last(value: ir.Value) -> int | None:
-    """The last dimension, where it is known."""
-    size = value.shape[-1] if value.shape is not None and len(value.shape) else None
-    return size if isinstance(size, int) else None
-
-
-def _key_size(node: ir.Node, inputs: dict[str, ir.Value]) -> int | None:
-    known, width = _last(inputs["past_key"]), _last(inputs["query"])
-    if known is not None or width is None:
-        return known
-    if _rank(inputs["query"]) != _SIDE_BY_SIDE:
-        return width
-    heads = node.attributes["num_heads"].as_int()
-    return width // (heads if "key" in inputs else heads + 2 * node.attributes["kv_num_heads"].as_int())
-
-
-def _value_size(node: ir.Node) -> int | None:
-    width = _last(node.outputs[0])
-    if width is None or _rank(node.outputs[0]) != _SIDE_BY_SIDE:
-        return width
-    return width // node.attributes["num_heads"].as_int()
-
-
-def _rank(value: ir.Value) -> int:
-    return 0 if value.shape is None else len(value.shape)
+    return _Found(inputs, kv_heads, of_key, last_dimension(inputs["past_value"]) or value_size(node) or of_key)
 
 
 def _bytes_like(key: ir.Value, found: _Found, graph: ir.Graph) -> ir.Value:

@@ -212,6 +212,13 @@ class Worker:
         self.memory = self.answer["memory"]
         return [float(seconds) for seconds in self.answer["seconds"]]
 
+    def memory_figures(self) -> dict[str, int | None]:
+        """What its answers say of its memory, in bytes: ``pss``, ``model_pss`` and ``anonymous`` of a timing."""
+        memory, before = self.memory or {}, self.ready["memory_before"] or {}
+        pss = memory.get("pss")
+        model_pss = pss - before["pss"] if pss is not None and "pss" in before else None
+        return {"pss": pss, "model_pss": model_pss, "anonymous": memory.get("anonymous")}
+
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -301,17 +308,13 @@ def compare(one: Turns, other: Turns) -> tuple[float, tuple[float, float]]:
 
 def _timing(path: str, worker: Worker, turns: Sequence[Sequence[float]]) -> Timing:
     samples = [seconds for turn in turns for seconds in turn]
-    memory, before = worker.memory or {}, worker.ready["memory_before"] or {}
-    pss = memory.get("pss")
     return Timing(
         model=path,
         median=statistics.median(samples),
         quartiles=quartiles(samples),
         runs=len(samples),
         load_seconds=worker.ready["load_seconds"],
-        pss=pss,
-        model_pss=pss - before["pss"] if pss is not None and "pss" in before else None,
-        anonymous=memory.get("anonymous"),
+        **worker.memory_figures(),
     )
 
 

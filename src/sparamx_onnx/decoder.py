@@ -20,9 +20,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from sparamx_onnx.genai_config import model_file
+from sparamx_onnx.graph_passes.attention_heads import inputs_by_role, key_size
 from sparamx_onnx.graph_passes.pack_cache import packed_caches
 from sparamx_onnx.loading import load_model
-from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_ATTENTION
 from sparamx_onnx.ops.errors import SparamxError, in_one_sentence
 from sparamx_onnx.ops.packed_cache import HEADER_BYTES, CacheLayout
 from sparamx_onnx.packed_noise import noise_row
@@ -410,35 +410,11 @@ def _present_by_name(past: str) -> str:
 def _attention_caches(model: ir.Model) -> Iterator[tuple[str, str, int | None]]:
     """(past, present, size of a head) of every attention operator that reads and writes the graph's cache itself."""
     for node in model.graph:
-        inputs = _inputs_by_role(node)
-        if len(node.outputs) < 3:
+        inputs = inputs_by_role(node)
+        if len(node.outputs) < 3 or "seqlens_k" not in inputs:  # without it, the operator knows no lengths of rows
             continue
-        size = _head_size(node, inputs)
+        size = key_size(node)
         for role, output in (("past_key", node.outputs[1]), ("past_value", node.outputs[2])):
             past = inputs.get(role)
             if past is not None and past.is_graph_input() and output.is_graph_output() and len(past.uses()) == 1:
                 yield past.name or "", output.name or "", size
-
-
-def _inputs_by_role(node: ir.Node) -> Mapping[str, ir.Value]:
-    """Inputs of an attention operator; empty for other nodes and for those that do not know lengths of their own."""
-    roles: Sequence[str] = ()
-    if (node.domain, node.op_type) == ("com.microsoft", "GroupQueryAttention"):
-        roles = ("query", "key", "value", "past_key", "past_value", "seqlens_k")
-    elif (node.domain, node.op_type) == (DOMAIN, SPARSE_AMX_ATTENTION.name):
-        roles = ("query", *node.attributes["roles"].as_string().split(","))
-    found = {role: value for role, value in zip(roles, node.inputs, strict=False) if value is not None}
-    return found if "seqlens_k" in found else {}
-
-
-def _head_size(node: ir.Node, inputs: Mapping[str, ir.Value]) -> int | None:
-    """Read from the query's shape; None where the graph does not tell it."""
-    query = inputs.get("query")
-    if query is None or query.shape is None or not isinstance(query.shape[-1], int):
-        return None
-    if len(query.shape) != 3:  # an axis for the heads
-        return query.shape[-1]
-    heads = node.attributes["num_heads"].as_int()
-    if "key" not in inputs:
-        heads += 2 * node.attributes["kv_num_heads"].as_int()
-    return query.shape[-1] // heads

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attention_heads import value_size
 from sparamx_onnx.ops.errors import SparamxError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -329,21 +330,12 @@ def _by_position(value: ir.Value, axis: int, sizes: Mapping[str, int]) -> int:
     if axis == 0 and (_has_batch_axis(value) or kind == "lengths"):
         return sizes["batch"]
     if kind == "cache":
-        last = value.shape is not None and axis == len(value.shape) - 1
-        return (_head_size(value) if last else None) or sizes["past"]
+        is_last = value.shape is not None and axis == len(value.shape) - 1
+        known = (size for node in value.consumers() if is_last and (size := value_size(node)) is not None)
+        return next(known, sizes["past"])
     if kind == "mask":
         return sizes["past"] + sizes["length"]
     return sizes["length"]
-
-
-def _head_size(cache: ir.Value) -> int | None:
-    """Numbers per head, where the cache leaves them open: those of the result of the attention that reads it."""
-    for node in cache.consumers():
-        heads, shape = node.attributes.get("num_heads"), node.outputs[0].shape
-        width = shape[-1] if shape is not None and len(shape) == 3 else None
-        if heads is not None and isinstance(width, int):
-            return width // max(1, heads.as_int())
-    return None
 
 
 def _feed(value: ir.Value, shape: tuple[int, ...], sizes: Mapping[str, int], bounds: Mapping[str, int]) -> Feed:

@@ -210,8 +210,6 @@ class _Run:
         firsts, steps = ([seconds for turn in turns for seconds in turn] for turns in (self.prefills, self.steps))
         first_token = statistics.median(firsts) if firsts else None
         step = statistics.median(steps) if steps else None
-        memory, before = self.worker.memory or {}, self.worker.ready["memory_before"] or {}
-        pss = memory.get("pss")
         return GenerationTiming(
             model=self.worker.model,
             first_token=first_token,
@@ -222,9 +220,7 @@ class _Run:
             decode_tokens_per_second=batch / step if step else None,
             load_seconds=self.worker.ready["load_seconds"],
             cache_bytes=self.worker.answer["cache_bytes"],
-            pss=pss,
-            model_pss=pss - before["pss"] if pss is not None and "pss" in before else None,
-            anonymous=memory.get("anonymous"),
+            **self.worker.memory_figures(),
         )
 
 

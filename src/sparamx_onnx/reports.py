@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sparamx_onnx.benchmark import Benchmark
+from sparamx_onnx.benchmark import Benchmark, Timing
 from sparamx_onnx.conversion import ConversionResult
 from sparamx_onnx.environment import Environment
-from sparamx_onnx.generation_benchmark import GenerationBenchmark
+from sparamx_onnx.generation_benchmark import GenerationBenchmark, GenerationTiming
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan, AttentionReason
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.inspection import Inspection
@@ -179,9 +179,7 @@ def benchmark_text(result: Benchmark) -> str:
         Column("median", right=True),
         Column("quartiles", right=True),
         Column("runs", right=True),
-        Column("load", right=True),
-        Column("PSS", right=True),
-        Column("model's part", right=True),
+        *_COST,
     )
     rows = [
         [
@@ -189,17 +187,14 @@ def benchmark_text(result: Benchmark) -> str:
             duration(timing.median),
             f"{duration(timing.quartiles[0])} .. {duration(timing.quartiles[1])}",
             str(timing.runs),
-            duration(timing.load_seconds),
-            size(timing.pss),
-            size(timing.model_pss),
+            *_cost(timing),
         ]
         for timing in result.timings
     ]
     sizes = [f"{name} {value}" for name, value in (("batch", result.batch), ("length", result.length)) if value]
     if result.past is not None:
         sizes.append(f"after {result.past} in the cache")
-    sizes.append("one thread per core" if result.threads is None else f"{result.threads} threads")
-    last = f"{', '.join(sizes)}; {result.rounds} rounds."
+    last = _circumstances(sizes, result)
     if result.ratio is not None and result.ratio_quartiles is not None:
         low, high = result.ratio_quartiles
         last = (
@@ -216,9 +211,7 @@ def generation_text(result: GenerationBenchmark) -> str:
         Column("prefill tokens/s", right=True),
         Column("step", right=True),
         Column("decode tokens/s", right=True),
-        Column("load", right=True),
-        Column("PSS", right=True),
-        Column("model's part", right=True),
+        *_COST,
     )
     rows = [
         [
@@ -227,9 +220,7 @@ def generation_text(result: GenerationBenchmark) -> str:
             rate(timing.prefill_tokens_per_second),
             "-" if timing.step is None else duration(timing.step),
             rate(timing.decode_tokens_per_second),
-            duration(timing.load_seconds),
-            size(timing.pss),
-            size(timing.model_pss),
+            *_cost(timing),
         ]
         for timing in result.timings
     ]
@@ -243,9 +234,21 @@ def generation_text(result: GenerationBenchmark) -> str:
     ]
     sizes = [f"batch {result.batch}"]
     sizes += [f"{name} {value}" for name, value in (("prompt", result.prompt), ("context", result.context)) if value]
-    sizes.append("one thread per core" if result.threads is None else f"{result.threads} threads")
-    lines.append(f"{', '.join(sizes)}; {result.rounds} rounds.")
+    lines.append(_circumstances(sizes, result))
     return _paragraphs(render(columns, rows), "\n".join(lines))
+
+
+# What both benchmarks tell of a model besides its times.
+_COST = (Column("load", right=True), Column("PSS", right=True), Column("model's part", right=True))
+
+
+def _cost(timing: Timing | GenerationTiming) -> tuple[str, ...]:
+    return duration(timing.load_seconds), size(timing.pss), size(timing.model_pss)
+
+
+def _circumstances(sizes: Sequence[str], result: Benchmark | GenerationBenchmark) -> str:
+    threads = "one thread per core" if result.threads is None else f"{result.threads} threads"
+    return f"{', '.join([*sizes, threads])}; {result.rounds} rounds."
 
 
 def environment_text(result: Environment) -> str:
