@@ -54,6 +54,20 @@ def test_an_encoder_gets_ids_ones_and_zeros() -> None:
     assert (made["token_type_ids"] == 0).all()
 
 
+def test_a_cache_with_an_open_head_takes_its_size_from_the_attention_that_reads_it() -> None:
+    inputs: Inputs = [
+        ("input_ids", I64, ["batch", "sequence"]),
+        ("query", F32, ["batch", "sequence", 24]),
+        ("past_key_values.0.key", F32, ["batch", 2, "past_sequence_length", None]),
+    ]
+    attention = helper.make_node(
+        "Attend", ["query", "past_key_values.0.key"], ["attended"], domain="com.example", num_heads=3
+    )
+    model = _model(inputs, [attention, helper.make_node("Identity", ["input_ids"], ["y"])])
+    model.graph[0].outputs[0].shape = ir.Shape(["batch", "sequence", 24])
+    assert plan_feeds(model, past=5).make()["past_key_values.0.key"].shape == (1, 2, 5, 8)
+
+
 def test_ids_of_an_unknown_table_stay_tiny() -> None:
     assert plan_feeds(_model(BERT), length=100).make()["input_ids"].max() == 1
 
