@@ -34,7 +34,18 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True)
 class Port:
-    """An input or an output of an operator."""
+    """An input or an output of an operator.
+
+    Attributes:
+        name: Its name.
+        element_type: The types of its elements, in words.
+        shape: Its shape, in words.
+        doc: What it is.
+        optional: Whether a node may leave it out.
+        constant: Whether it should be a constant, which is read once, when the session is created.
+        variadic: Whether it stands for one or more, the last ones.
+        role: Whether it is one of the last inputs, whose order the attribute ``roles`` tells.
+    """
 
     name: str
     element_type: str
@@ -43,12 +54,20 @@ class Port:
     optional: bool = False
     constant: bool = False
     variadic: bool = False
-    role: bool = False  # one of the last inputs, whose order the attribute "roles" tells
+    role: bool = False
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of an operator; ``default`` is None where it is required. A tuple is a list of integers."""
+    """An attribute of an operator.
+
+    Attributes:
+        name: Its name.
+        kind: Its type; a tuple is a list of integers.
+        doc: What it means.
+        default: What an absent one means; None where it is required.
+        choices: The values that it may have; empty where there is no such list.
+    """
 
     name: str
     kind: type[int] | type[float] | type[str] | type[tuple[int, ...]]
@@ -59,7 +78,17 @@ class Attribute:
 
 @dataclass(frozen=True)
 class OpDefinition:
-    """The schema of one operator."""
+    """The schema of one operator.
+
+    Attributes:
+        name: Its name.
+        domain: Its domain.
+        since_version: The version of the domain in which it came.
+        doc: What it computes.
+        inputs: Its inputs, in order.
+        outputs: Its outputs, in order.
+        attributes: Its attributes.
+    """
 
     name: str
     domain: str

@@ -104,7 +104,20 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class PackedInfo:
-    """What a blob says of itself. ``nnz`` counts weights that are not zero in the weight type."""
+    """What a blob says of itself.
+
+    Attributes:
+        k: Rows of the weight (inputs).
+        n: Columns of the weight (outputs).
+        nnz: Weights that are not zero in the weight type.
+        blob_bytes: Size of the blob in bytes.
+        format_version: Version of the packed format.
+        weight_type: Type of the stored weights.
+        form: Sparse or dense.
+        scale_type: Type of the scales; ``NONE`` without scales.
+        group_size: Weights along K that share a scale; 0 for types other than int4.
+        run_k: Weights along K that share an entry of the offsets.
+    """
 
     k: int
     n: int
