@@ -16,6 +16,14 @@ namespace {
 using sparamx::Status;
 using sparamx::StatusCode;
 
+// Cut to the buffer's size and terminated; there may be no buffer.
+void CopyText(const std::string& text, char* out, size_t size) {
+  if (out == nullptr || size == 0) return;
+  const size_t length = std::min(text.size(), size - 1);
+  std::memcpy(out, text.data(), length);
+  out[length] = '\0';
+}
+
 // No C++ exception may cross the C interface.
 template <typename Body>
 int Guarded(char* error, size_t error_size, const Body& body) {
@@ -26,11 +34,7 @@ int Guarded(char* error, size_t error_size, const Body& body) {
     status.code = StatusCode::kOutOfMemory;
     status.message = "out of memory";
   }
-  if (error != nullptr && error_size != 0) {
-    const size_t length = std::min(status.message.size(), error_size - 1);
-    std::memcpy(error, status.message.data(), length);
-    error[length] = '\0';
-  }
+  CopyText(status.message, error, error_size);
   return static_cast<int>(status.code);
 }
 
@@ -145,11 +149,7 @@ int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_
     Threads pool = {threads};
     void* const outputs[] = {y};
     matmul.Run(x, m, bias, outputs, aligned, {Threads::Run, &pool});
-    if (path != nullptr && path_size != 0) {
-      const size_t length = std::min(std::strlen(matmul.path(m)), path_size - 1);
-      std::memcpy(path, matmul.path(m), length);
-      path[length] = '\0';
-    }
+    CopyText(matmul.path(m), path, path_size);
     return status;
   });
 }
@@ -157,11 +157,7 @@ int sparamx_matmul(const void* blob, uint64_t blob_size, const float* x, uint64_
 size_t sparamx_cpu_info(char* json, size_t size) {
   try {
     const std::string text = sparamx::CpuInfoJson();
-    if (json != nullptr && size != 0) {
-      const size_t length = std::min(text.size(), size - 1);
-      std::memcpy(json, text.data(), length);
-      json[length] = '\0';
-    }
+    CopyText(text, json, size);
     return text.size();
   } catch (const std::bad_alloc&) {
     return 0;

@@ -78,6 +78,12 @@ struct PackedView {
   const uint8_t* sums;    // int8: int32 [strips][16], the sum of what the codes of an output mean; else null
 };
 
+// Tiles of one strip in run `run`: the last one may have fewer.
+static inline size_t TilesInRun(const PackedView& w, size_t run) {
+  const size_t most = TilesPerRun(w.type), left = w.tiles - run * most;
+  return left < most ? left : most;
+}
+
 static inline uint64_t LoadU64(const uint8_t* p) {
   uint64_t v;
   __builtin_memcpy(&v, p, sizeof v);

@@ -35,20 +35,13 @@ struct Bf16Coder {
   static constexpr Code kZero = 0;
   static Code Encode(float w, float) { return Bf16FromFloat(w); }
 };
-struct Int8Coder {
-  using Code = uint8_t;
-  static constexpr WeightType kType = WeightType::kInt8;
+template <WeightType type>
+struct QuantizedCoder {
+  using Code = uint8_t;  // of 4 bits, too, until it is written
+  static constexpr WeightType kType = type;
   static constexpr Code kZero = CodeBias(kType);
   static Code Encode(float w, float scale) {
-    return static_cast<Code>(internal::QuantizeInt8(w, scale) + CodeBias(kType));
-  }
-};
-struct Int4Coder {
-  using Code = uint8_t;  // one code a byte until it is written
-  static constexpr WeightType kType = WeightType::kInt4;
-  static constexpr Code kZero = CodeBias(kType);
-  static Code Encode(float w, float scale) {
-    return static_cast<Code>(internal::QuantizeInt4(w, scale) + CodeBias(kType));
+    return static_cast<Code>(static_cast<int>(internal::Quantize<type>(w, scale)) + CodeBias(kType));
   }
 };
 
@@ -80,10 +73,6 @@ struct Codes {
     }
   }
 };
-
-size_t TilesInRun(const PackedView& g, size_t run) {
-  return std::min(TilesPerRun(g.type), g.tiles - run * TilesPerRun(g.type));
-}
 
 struct RunCount {
   uint64_t nnz = 0, stored = 0;
@@ -326,9 +315,9 @@ Status WithCoder(WeightType type, const Body& body) {
     case WeightType::kBf16:
       return body(Bf16Coder());
     case WeightType::kInt8:
-      return body(Int8Coder());
+      return body(QuantizedCoder<WeightType::kInt8>());
     case WeightType::kInt4:
-      return body(Int4Coder());
+      return body(QuantizedCoder<WeightType::kInt4>());
   }
   return Status::Invalid("unknown weight type");
 }

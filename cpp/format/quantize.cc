@@ -100,18 +100,6 @@ Status CopyScales(const float* given, const PackedView& g, std::vector<float>* s
 
 }  // namespace
 
-int QuantizeInt8(float weight, float scale) {
-  if (scale == 0.0f) return 0;
-  const float code = RoundToInteger(weight / scale);
-  return static_cast<int>(std::min(127.0f, std::max(-128.0f, code)));
-}
-
-int QuantizeInt4(float weight, float scale) {
-  if (scale == 0.0f) return 0;
-  const float code = RoundToInteger(weight / scale);
-  return static_cast<int>(std::min(7.0f, std::max(-8.0f, code)));
-}
-
 Status ComputeScales(const SourceMatrix& source, const PackedView& g, const float* given, unsigned threads,
                      std::vector<float>* scales) {
   scales->assign(g.strips * g.groups * kStripColumns, 0.0f);

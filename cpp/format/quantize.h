@@ -1,8 +1,10 @@
 // Scales of int8 and int4 weights.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
+#include "format/number.h"
 #include "format/packed_format.h"
 
 namespace sparamx {
@@ -17,8 +19,13 @@ Status ComputeScales(const SourceMatrix& source, const PackedView& geometry, con
 
 // The code of a weight, from -128 to 127 (-127 for the packer's own scales) or from -8 to 7: weight / scale to the
 // nearest integer, ties to even.
-int QuantizeInt8(float weight, float scale);
-int QuantizeInt4(float weight, float scale);
+template <WeightType type>
+float Quantize(float weight, float scale) {
+  constexpr float kLeast = -CodeBias(type);
+  const float code = RoundToInteger(weight / scale);
+  const float bounded = std::min(-kLeast - 1.0f, std::max(kLeast, code));
+  return scale == 0.0f ? 0.0f : bounded;
+}
 
 }  // namespace internal
 }  // namespace sparamx

@@ -91,11 +91,10 @@ Status CheckHeader(const Header& h, uint64_t blob_size) {
   if (h.order != 0) return Status::Unsupported("its order of weights is unknown to this library");
   if (h.run_k != kRunK) return Status::Unsupported("its run length is unknown to this library");
   if (h.matrix_count != 1) return Status::Unsupported("it holds several matrices, which this library cannot read");
-  for (uint8_t b : h.reserved0)
-    if (b != 0) return Status::Damaged("its reserved bytes are not 0");
-  for (uint8_t b : h.reserved1)
-    if (b != 0) return Status::Damaged("its reserved bytes are not 0");
-  return {};
+  uint8_t reserved = 0;
+  for (const uint8_t b : h.reserved0) reserved |= b;
+  for (const uint8_t b : h.reserved1) reserved |= b;
+  return reserved == 0 ? Status() : Status::Damaged("its reserved bytes are not 0");
 }
 
 // Demands exactly the sections that the header implies, in order, inside the blob, and returns where they are. How many
@@ -158,9 +157,8 @@ Status CheckRuns(const PackedView& w) {
       if (ValuesBefore(w, strip, run) != before)
         return Status::Damaged("the offset of run " + std::to_string(run) + " of strip " + std::to_string(strip) +
                                " does not fit its bitmap");
-      const size_t first = run * TilesPerRun(w.type);
-      const size_t tiles = w.tiles - first < TilesPerRun(w.type) ? w.tiles - first : TilesPerRun(w.type);
-      const MaskCount count = CountMasks(w.type, w.bitmap + (strip * w.tiles + first) * tile_bytes, tiles);
+      const uint8_t* masks = w.bitmap + (strip * w.tiles + run * TilesPerRun(w.type)) * tile_bytes;
+      const MaskCount count = CountMasks(w.type, masks, TilesInRun(w, run));
       before += count.stored;
       nnz += count.bits;
     }

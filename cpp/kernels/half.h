@@ -11,42 +11,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "format/number.h"
+
 namespace sparamx {
 namespace {
-
-inline float FloatOfHalf(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  const float small = static_cast<float>(magnitude) * 0x1p-24f;  // denormal halves
-  uint32_t bits;
-  __builtin_memcpy(&bits, &small, sizeof bits);
-  if (magnitude >= 0x400u) bits = (magnitude << 13) + (magnitude >= 0x7c00u ? 224u << 23 : 112u << 23);
-  if (magnitude > 0x7c00u) bits |= 0x400000u;  // as the instruction does: a quiet NaN
-  bits |= (half & 0x8000u) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-inline uint16_t HalfOfFloat(float number) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &number, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u | (magnitude >> 13 & 0x3ffu);
-  } else if (magnitude >= 0x47800000u) {  // 65536
-    half = 0x7c00u;
-  } else if (magnitude >= 0x38800000u) {  // 2^-14: a carry out of the mantissa is right, up to infinity
-    half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  } else {
-    float shifted;
-    __builtin_memcpy(&shifted, &magnitude, sizeof shifted);
-    shifted += 0.5f;  // its last mantissa bit is 2^-24, that of denormal halves
-    __builtin_memcpy(&half, &shifted, sizeof half);
-    half -= 0x3f000000u;
-  }
-  return static_cast<uint16_t>(sign | half);
-}
 
 [[maybe_unused]] void HalvesToFloats(const uint16_t* in, size_t count, float* out) {
   size_t i = 0;
@@ -57,7 +25,7 @@ inline uint16_t HalfOfFloat(float number) {
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
 #endif
-  for (; i < count; ++i) out[i] = FloatOfHalf(in[i]);
+  for (; i < count; ++i) out[i] = FloatFromFp16(in[i]);
 }
 
 // Row by row: strides count elements.
@@ -76,7 +44,7 @@ inline uint16_t HalfOfFloat(float number) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
-    for (; i < columns; ++i) to[i] = HalfOfFloat(from[i]);
+    for (; i < columns; ++i) to[i] = Fp16FromFloat(from[i]);
   }
 }
 

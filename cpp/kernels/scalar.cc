@@ -104,7 +104,7 @@ float ScaleAt(const PackedView& w, const uint8_t* scales, size_t column) {
   if (w.scale_type == ScaleType::kFp32) return LoadFloat(scales + 4 * column);
   uint16_t half;
   __builtin_memcpy(&half, scales + 2 * column, sizeof half);
-  return FloatOfHalf(half);
+  return FloatFromFp16(half);
 }
 
 // sums[16] += scaled integer sums of one segment: numbers [segment K / 4][16][4] with codes [segment K].

@@ -55,6 +55,22 @@ std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char*
   });
 }
 
+std::vector<std::string> Words(const std::string& list) {
+  std::vector<std::string> words(list.empty() ? 0 : 1);
+  for (const char c : list) {
+    if (c == ',')
+      words.emplace_back();
+    else
+      words.back() += c;
+  }
+  return words;
+}
+
+void FailNode(const char* op, const std::string& node, const Status& status) {
+  const OrtErrorCode code = status.code == StatusCode::kUnsupported ? ORT_NOT_IMPLEMENTED : ORT_INVALID_ARGUMENT;
+  throw Ort::Exception(std::string(op) + " node '" + node + "': " + status.message, code);
+}
+
 Tensor Read(const OrtApi& api, const OrtValue* value) {
   Tensor tensor;
   if (value == nullptr) return tensor;
@@ -73,6 +89,20 @@ Tensor Read(const OrtApi& api, const OrtValue* value) {
   static const char empty = 0;
   tensor.data = data == nullptr ? &empty : data;
   return tensor;
+}
+
+Tensor ReadInput(const OrtApi& api, const OrtKernelContext* context, size_t input) {
+  const OrtValue* value = nullptr;
+  Ort::ThrowOnError(api.KernelContext_GetInput(context, input, &value));
+  return Read(api, value);
+}
+
+void* MakeOutput(const OrtApi& api, OrtKernelContext* context, size_t output, const Shape& shape) {
+  OrtValue* value = nullptr;
+  Ort::ThrowOnError(api.KernelContext_GetOutput(context, output, shape.begin(), shape.size(), &value));
+  void* data = nullptr;
+  if (value != nullptr) Ort::ThrowOnError(api.GetTensorMutableData(value, &data));
+  return data;
 }
 
 std::string ShapeText(const Shape& shape) {

@@ -1,13 +1,17 @@
 // What an operator asks of ONNX Runtime: its attributes, tensors, threads and scratch.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include <onnxruntime_cxx_api.h>
+
+#include "format/packed_format.h"
 
 namespace sparamx {
 
@@ -23,6 +27,18 @@ float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float a
 
 // Of a list of integers; empty where it is absent.
 std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char* name);
+
+// "a,b" as {"a", "b"}; no word where there is no text.
+std::vector<std::string> Words(const std::string& list);
+
+// The place of a word in a list of names, or the list's length where it is in none.
+template <class Names>
+size_t PlaceOf(const std::string& word, const Names& names) {
+  return static_cast<size_t>(std::find(std::begin(names), std::end(names), word) - std::begin(names));
+}
+
+// Throws the status as the node's own.
+[[noreturn]] void FailNode(const char* op, const std::string& node, const Status& status);
 
 // Lengths of dimensions; as many as there usually are without an allocation.
 class Shape {
@@ -57,6 +73,9 @@ struct Tensor {
 };
 
 Tensor Read(const OrtApi& api, const OrtValue* value);
+Tensor ReadInput(const OrtApi& api, const OrtKernelContext* context, size_t input);
+// The numbers of an output of this shape, to be written; null where nobody takes it.
+void* MakeOutput(const OrtApi& api, OrtKernelContext* context, size_t output, const Shape& shape);
 
 // A shape where ONNX Runtime infers shapes: -1 stands for a length that is not known, and has a name. (The headers' own
 // class for this is no use: that of 1.21 writes -2 for a dimension with a name, which newer runtimes refuse.)

@@ -57,8 +57,7 @@ Shape ShapeOf(std::initializer_list<int64_t> lengths) {
 }  // namespace
 
 void SparseAMXAttentionKernel::Fail(const Status& status) const {
-  const OrtErrorCode code = status.code == StatusCode::kUnsupported ? ORT_NOT_IMPLEMENTED : ORT_INVALID_ARGUMENT;
-  throw Ort::Exception("SparseAMXAttention node '" + name_ + "': " + status.message, code);
+  FailNode("SparseAMXAttention", name_, status);
 }
 
 SparseAMXAttentionKernel::SparseAMXAttentionKernel(const OrtApi& api, const OrtKernelInfo* raw_info)
@@ -92,15 +91,12 @@ SparseAMXAttentionKernel::SparseAMXAttentionKernel(const OrtApi& api, const OrtK
 }
 
 void SparseAMXAttentionKernel::ReadRoles(const std::string& roles) {
-  for (size_t begin = 0; begin < roles.size();) {
-    const size_t end = std::min(roles.find(',', begin), roles.size());
-    const std::string name = roles.substr(begin, end - begin);
+  for (const std::string& name : Words(roles)) {
     size_t role = 0;
     while (role < kRoles && name != kRoleRules[role].name) ++role;
     if (role == kRoles) Fail(Status::Invalid("its attribute roles names '" + name + "', which is no role"));
     if (Has(static_cast<Role>(role))) Fail(Status::Invalid("its attribute roles names " + name + " twice"));
     roles_.push_back(static_cast<Role>(role));
-    begin = end + 1;
   }
 }
 
@@ -153,13 +149,10 @@ void SparseAMXAttentionKernel::ReadInputs(OrtKernelContext* context, Tensor* que
   if (count != roles_.size() + 1)
     Fail(Status::Invalid("it has " + std::to_string(count - 1) +
                          " inputs after the query, but its attribute roles names " + std::to_string(roles_.size())));
-  const OrtValue* value = nullptr;
-  Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXAttention::kQuery, &value));
-  *query = Read(api_, value);
+  *query = ReadInput(api_, context, SparseAMXAttention::kQuery);
   for (size_t i = 0; i < roles_.size(); ++i) {
-    Ort::ThrowOnError(api_.KernelContext_GetInput(context, i + 1, &value));
     Tensor& tensor = (*inputs)[static_cast<size_t>(roles_[i])];
-    tensor = Read(api_, value);
+    tensor = ReadInput(api_, context, i + 1);
     const RoleRule& rule = kRoleRules[static_cast<size_t>(roles_[i])];
     const bool is_choice = roles_[i] == Role::kAttentionBias && tensor.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
     if (tensor.type != rule.type && !is_choice)
@@ -399,14 +392,8 @@ void SparseAMXAttentionKernel::WriteAdded(const Inputs& inputs, float* added, At
 void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, size_t query_rank, AttentionCall* call) const {
   size_t outputs = 0;
   Ort::ThrowOnError(api_.KernelContext_GetOutputCount(context, &outputs));
-  const auto output = [&](size_t index, const Shape& shape) -> void* {
-    OrtValue* value = nullptr;
-    if (index >= outputs) return nullptr;
-    Ort::ThrowOnError(api_.KernelContext_GetOutput(context, index, shape.begin(), shape.size(), &value));
-    if (value == nullptr) return nullptr;
-    void* data = nullptr;
-    Ort::ThrowOnError(api_.GetTensorMutableData(value, &data));
-    return data;
+  const auto output = [&](size_t index, const Shape& shape) {
+    return index < outputs ? MakeOutput(api_, context, index, shape) : nullptr;
   };
   const int64_t batch = Signed(call->batch), kv_heads = Signed(options_.kv_heads), capacity = Signed(call->capacity);
   const int64_t queries = Signed(call->queries), heads = Signed(options_.heads), size = Signed(call->value_size);

@@ -13,23 +13,10 @@ constexpr size_t kFewOutputs = 8;
 constexpr const char* kEpilogueNames[kEpilogues] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 constexpr const char* kActivationsNames[kActivationTypes] = {"fp32", "bf16", "int8"};
 
-// "a,b" as {"a", "b"}.
-std::vector<std::string> Words(const std::string& list) {
-  std::vector<std::string> words(1);
-  for (const char c : list) {
-    if (c == ',')
-      words.emplace_back();
-    else
-      words.back() += c;
-  }
-  return words;
-}
-
 }  // namespace
 
 void SparseAMXMatMulKernel::Fail(const Status& status) const {
-  const OrtErrorCode code = status.code == StatusCode::kUnsupported ? ORT_NOT_IMPLEMENTED : ORT_INVALID_ARGUMENT;
-  throw Ort::Exception("SparseAMXMatMul node '" + name_ + "': " + status.message, code);
+  FailNode("SparseAMXMatMul", name_, status);
 }
 
 SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelInfo* raw_info, Element element)
@@ -43,22 +30,20 @@ SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelI
     int is_constant = 0;
     const OrtValue* value = nullptr;
     Ort::ThrowOnError(api.KernelInfoGetConstantInput_tensor(raw_info, input, &is_constant, &value));
-    return is_constant != 0 ? value : nullptr;
+    return Read(api, is_constant != 0 ? value : nullptr);
   };
-  const OrtValue* bias = has_bias_ ? constant(SparseAMXMatMul::kB) : nullptr;
-  constant_bias_ = bias == nullptr ? nullptr : Bias(bias);
-  const OrtValue* weights = constant(SparseAMXMatMul::kW);
-  constant_weights_ = weights != nullptr;
-  if (!constant_weights_) return;
-  Load(weights, &matmul_);
+  const Tensor bias = has_bias_ ? constant(SparseAMXMatMul::kB) : Tensor();
+  constant_bias_ = bias.data == nullptr ? nullptr : Bias(bias);
+  const Tensor weights = constant(SparseAMXMatMul::kW);
+  constant_weights_ = weights.data != nullptr;
+  if (constant_weights_) Load(weights, &matmul_);
 }
 
 void SparseAMXMatMulKernel::ReadAttributes(const Ort::ConstKernelInfo& info) {
   k_ = IntAttribute(info, "K");
   n_ = IntAttribute(info, "N");
   for (const std::string& epilogue : Words(StringAttribute(info, "epilogue", "none"))) {
-    int index = 0;
-    while (index < kEpilogues && epilogue != kEpilogueNames[index]) ++index;
+    const size_t index = PlaceOf(epilogue, kEpilogueNames);
     if (index == kEpilogues) Fail(Status::Invalid("unknown epilogue '" + epilogue + "'"));
     options_.epilogues.push_back(static_cast<Epilogue>(index));
   }
@@ -76,17 +61,15 @@ void SparseAMXMatMulKernel::ReadAttributes(const Ort::ConstKernelInfo& info) {
 
   const std::string activations = StringAttribute(info, "activations", "auto");
   options_.default_activations = activations == "auto";
-  int index = 0;
-  while (index < kActivationTypes && activations != kActivationsNames[index]) ++index;
+  const size_t index = PlaceOf(activations, kActivationsNames);
   if (index < kActivationTypes)
     options_.activations = static_cast<Activations>(index);
   else if (!options_.default_activations)
     Fail(Status::Invalid("unknown activations '" + activations + "'"));
 }
 
-void SparseAMXMatMulKernel::Load(const OrtValue* weights, MatMul* matmul) const {
-  const Tensor w = Read(api_, weights);
-  Status status = matmul->Init(static_cast<const uint8_t*>(w.data), w.elements, options_);
+void SparseAMXMatMulKernel::Load(const Tensor& weights, MatMul* matmul) const {
+  Status status = matmul->Init(static_cast<const uint8_t*>(weights.data), weights.elements, options_);
   if (status.code == StatusCode::kDamaged) status.message = "its packed weight is damaged: " + status.message;
   if (!status.ok()) Fail(status);
   const PackedView& view = matmul->weights();
@@ -96,8 +79,7 @@ void SparseAMXMatMulKernel::Load(const OrtValue* weights, MatMul* matmul) const 
 }
 
 // The address of a bias that has the right shape.
-const void* SparseAMXMatMulKernel::Bias(const OrtValue* value) const {
-  const Tensor bias = Read(api_, value);
+const void* SparseAMXMatMulKernel::Bias(const Tensor& bias) const {
   if (bias.shape.size() != 1 || bias.shape[0] != n_)
     Fail(Status::Invalid("B has the shape " + ShapeText(bias.shape) + ", but it must be [N] = [" + std::to_string(n_) +
                          "]"));
@@ -110,24 +92,16 @@ OrtStatusPtr SparseAMXMatMulKernel::ComputeV2(OrtKernelContext* context) noexcep
 
 void SparseAMXMatMulKernel::Compute(OrtKernelContext* context) const {
   const void* bias = constant_bias_;
-  if (has_bias_ && bias == nullptr) {
-    const OrtValue* value = nullptr;
-    Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kB, &value));
-    bias = Bias(value);
-  }
+  if (has_bias_ && bias == nullptr) bias = Bias(ReadInput(api_, context, SparseAMXMatMul::kB));
   if (constant_weights_) return Multiply(context, matmul_, bias);
   // Weights that can change between calls (in a subgraph on older runtimes) must be checked at each of them.
-  const OrtValue* weights = nullptr;
-  Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kW, &weights));
   MatMul matmul;
-  Load(weights, &matmul);
+  Load(ReadInput(api_, context, SparseAMXMatMul::kW), &matmul);
   Multiply(context, matmul, bias);
 }
 
 void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& matmul, const void* bias) const {
-  const OrtValue* x_value = nullptr;
-  Ort::ThrowOnError(api_.KernelContext_GetInput(context, SparseAMXMatMul::kX, &x_value));
-  const Tensor x = Read(api_, x_value);
+  const Tensor x = ReadInput(api_, context, SparseAMXMatMul::kX);
   if (x.shape.empty() || x.shape.back() != k_)
     Fail(Status::Invalid("X has the shape " + ShapeText(x.shape) +
                          ", but its last dimension must be K = " + std::to_string(k_)));
@@ -140,9 +114,7 @@ void SparseAMXMatMulKernel::Multiply(OrtKernelContext* context, const MatMul& ma
   Shape shape = x.shape;
   for (size_t i = 0; i < outputs_; ++i) {
     shape.back() = static_cast<int64_t>(matmul.columns(i));
-    OrtValue* value = nullptr;
-    Ort::ThrowOnError(api_.KernelContext_GetOutput(context, i, shape.begin(), shape.size(), &value));
-    Ort::ThrowOnError(api_.GetTensorMutableData(value, &y[i]));
+    y[i] = MakeOutput(api_, context, i, shape);
   }
   Host host = {&api_, context};
   Scratch scratch(api_, context, cpu_memory_, matmul.ScratchBytes(rows));

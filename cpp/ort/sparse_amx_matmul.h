@@ -20,8 +20,8 @@ class SparseAMXMatMulKernel {
 
  private:
   void ReadAttributes(const Ort::ConstKernelInfo& info);
-  void Load(const OrtValue* weights, MatMul* matmul) const;
-  const void* Bias(const OrtValue* value) const;
+  void Load(const Tensor& weights, MatMul* matmul) const;
+  const void* Bias(const Tensor& bias) const;
   void Compute(OrtKernelContext* context) const;
   void Multiply(OrtKernelContext* context, const MatMul& matmul, const void* bias) const;
   [[noreturn]] void Fail(const Status& status) const;

@@ -42,28 +42,28 @@ size_t UnaliasedStride(size_t bytes) {
 
 }  // namespace
 
-// Items count row passes first, then K parts, then ranges of strips: passes over the same strips follow each other,
-// while their weights are in the cache.
-struct MatMul::Split {
-  size_t passes = 1, pass_rows = 0;
-  size_t strip_items = 1;
-  size_t k_parts = 1;
+// How a product with so many rows is computed.
+struct MatMul::Plan {
+  size_t rows;
+  const Kernel* kernel;
+
+  // How the rows of X lie for the kernel: packed into scratch, or X itself where the kernel takes it as it is.
+  bool x_in_place;
+  size_t x_row_bytes;
+  size_t x_bytes;    // of scratch
+  size_t pack_rows;  // that a work item packs
+  size_t pack_items() const { return CeilDiv(rows, pack_rows); }
+
+  // Items count row passes first, then K parts, then ranges of strips: passes over the same strips follow each other,
+  // while their weights are in the cache.
+  size_t passes, pass_rows;
+  size_t strip_items;
+  size_t k_parts;
   size_t items() const { return passes * k_parts * strip_items; }
-};
 
-// How the rows of X lie for a kernel: packed into scratch, or X itself where the kernel takes it as it is.
-struct MatMul::PackedX {
-  bool in_place;
-  size_t row_bytes;
-  size_t bytes;  // of scratch
-  size_t item_rows;
-  size_t items(size_t rows) const { return CeilDiv(rows, item_rows); }
-};
-
-// Where things lie in scratch, in bytes: the packed rows of X first, then, where there are several K parts, their sums,
-// and for fp16 in fp32: the bias, Y, and a row of X for every item that packs.
-struct MatMul::Scratch {
-  size_t parts, bias, y, x_rows, bytes;
+  // Where things lie in scratch, in bytes: the packed rows of X first, then, where there are several K parts, their
+  // sums, and for fp16 in fp32: the bias, Y, and a row of X for every item that packs.
+  size_t parts_at, bias_at, y_at, x_rows_at, scratch_bytes;
 };
 
 Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& options) {
@@ -129,62 +129,63 @@ const Kernel& MatMul::KernelFor(size_t rows) const {
   return kernel_ != nullptr ? *kernel_ : *ChooseKernel(*level_, forced_level_, weights_.type, activations_, rows);
 }
 
-MatMul::PackedX MatMul::PackedXFor(size_t rows) const {
-  const Kernel& kernel = KernelFor(rows);
+MatMul::Plan MatMul::PlanFor(size_t rows) const {
+  Plan plan = {};
+  plan.rows = rows;
+  plan.kernel = &KernelFor(rows);
+  PlanX(&plan);
+  PlanSplit(&plan);
+  PlanScratch(&plan);
+  return plan;
+}
+
+void MatMul::PlanX(Plan* p) const {
   const bool whole_tiles = weights_.k % TileK(weights_.type) == 0;
-  const size_t item_rows = std::max<size_t>(1, CeilDiv(kSerialPackElements, std::max<size_t>(1, weights_.k)));
   const size_t x_bytes = weights_.k * sizeof(float);
-  const bool strided_well = rows < kBlockedRows || UnaliasedStride(x_bytes) == x_bytes;
-  if (activations_ == Activations::kFp32 && whole_tiles && element_ == Element::kFp32 && strided_well)
-    return {true, x_bytes, 0, item_rows};
-  const size_t row_bytes = UnaliasedStride(RoundUp(kernel.x_row_bytes(weights_), 64));
-  return {false, row_bytes, RoundUp(rows, kernel.x_row_multiple) * row_bytes, item_rows};
+  const bool strided_well = p->rows < kBlockedRows || UnaliasedStride(x_bytes) == x_bytes;
+  p->x_in_place = activations_ == Activations::kFp32 && whole_tiles && element_ == Element::kFp32 && strided_well;
+  p->x_row_bytes = p->x_in_place ? x_bytes : UnaliasedStride(RoundUp(p->kernel->x_row_bytes(weights_), 64));
+  p->x_bytes = p->x_in_place ? 0 : RoundUp(p->rows, p->kernel->x_row_multiple) * p->x_row_bytes;
+  p->pack_rows = std::max<size_t>(1, CeilDiv(kSerialPackElements, std::max<size_t>(1, weights_.k)));
 }
 
 // What changes the order of summation (K parts, passes) depends on the shape alone, not on threads or values.
-MatMul::Split MatMul::SplitFor(size_t rows) const {
-  Split split;
-  const bool by_runs = KernelFor(rows).goes_by_runs;
-  const size_t row_bytes = PackedXFor(rows).row_bytes / (by_runs ? std::max<size_t>(1, weights_.runs) : 1);
+void MatMul::PlanSplit(Plan* p) const {
+  const bool by_runs = p->kernel->goes_by_runs;
+  const size_t row_bytes = p->x_row_bytes / (by_runs ? std::max<size_t>(1, weights_.runs) : 1);
   const size_t fitting =
       (by_runs ? kRunPassBytes : kPassBytes) / std::max<size_t>(1, row_bytes) / kMinPassRows * kMinPassRows;
   const size_t most_rows = std::min(kMaxPassRows, std::max(kMinPassRows, fitting));
-  split.passes = CeilDiv(rows, most_rows);
-  split.pass_rows = std::min(rows, RoundUp(CeilDiv(rows, split.passes), KernelFor(rows).x_row_multiple));
-  split.passes = CeilDiv(rows, split.pass_rows);
+  const size_t least_passes = CeilDiv(p->rows, most_rows);
+  p->pass_rows = std::min(p->rows, RoundUp(CeilDiv(p->rows, least_passes), p->kernel->x_row_multiple));
+  p->passes = CeilDiv(p->rows, p->pass_rows);
   const uint64_t bytes =
       ValueBytes(weights_.type, static_cast<uint64_t>(weights_.strips) * weights_.tiles * TileWeights(weights_.type)) /
       2;
-  const uint64_t work = bytes * (1 + split.pass_rows / kRowsPerByte);
+  const uint64_t work = bytes * (1 + p->pass_rows / kRowsPerByte);
   const auto worth = static_cast<size_t>(std::max<uint64_t>(1, work / kItemBytes));
   const size_t pairs = std::max<size_t>(1, CeilDiv(weights_.strips, kStripStep));
   const size_t cpus = CpuCount();
   const size_t spare = std::min(kItemsPerCpu * cpus, static_cast<size_t>(work / kSpareItemBytes));
-  split.strip_items = std::min({worth, pairs, std::max(cpus, spare)});
+  p->strip_items = std::min({worth, pairs, std::max(cpus, spare)});
   const size_t parts = std::min(worth, kKParts) / pairs;
-  if (split.passes == 1) split.k_parts = std::max<size_t>(1, std::min(weights_.runs, parts));
-  if (weights_.type == WeightType::kInt8) split.k_parts = std::max(split.k_parts, CeilDiv(weights_.k, kMaxIntegerK));
-  return split;
+  p->k_parts = p->passes == 1 ? std::max<size_t>(1, std::min(weights_.runs, parts)) : 1;
+  if (weights_.type == WeightType::kInt8) p->k_parts = std::max(p->k_parts, CeilDiv(weights_.k, kMaxIntegerK));
 }
 
-MatMul::Scratch MatMul::ScratchFor(size_t rows) const {
-  const PackedX packed = PackedXFor(rows);
-  const size_t k_parts = SplitFor(rows).k_parts, y_bytes = rows * weights_.n * sizeof(float);
-  Scratch s = {};
-  s.parts = packed.bytes;
-  s.bias = RoundUp(s.parts + (k_parts == 1 ? 0 : k_parts * y_bytes), 64);
-  if (element_ == Element::kFp32) {
-    s.bytes = s.bias;
-    return s;
-  }
-  s.y = RoundUp(s.bias + weights_.n * sizeof(float), 64);
-  s.x_rows = RoundUp(s.y + y_bytes, 64);
-  s.bytes = s.x_rows + packed.items(rows) * weights_.k * sizeof(float);
-  return s;
+void MatMul::PlanScratch(Plan* p) const {
+  const size_t y_bytes = p->rows * weights_.n * sizeof(float);
+  p->parts_at = p->x_bytes;
+  p->bias_at = RoundUp(p->parts_at + (p->k_parts == 1 ? 0 : p->k_parts * y_bytes), 64);
+  p->scratch_bytes = p->bias_at;
+  if (element_ == Element::kFp32) return;
+  p->y_at = RoundUp(p->bias_at + weights_.n * sizeof(float), 64);
+  p->x_rows_at = RoundUp(p->y_at + y_bytes, 64);
+  p->scratch_bytes = p->x_rows_at + p->pack_items() * weights_.k * sizeof(float);
 }
 
 size_t MatMul::ScratchBytes(size_t rows) const {
-  return rows == 0 ? 0 : ScratchFor(rows).bytes;
+  return rows == 0 ? 0 : PlanFor(rows).scratch_bytes;
 }
 
 namespace {
@@ -309,34 +310,32 @@ void FinishOutput(const Call& c, size_t i) {
 void MatMul::Run(const void* x, size_t rows, const void* bias, void* const* y, void* scratch,
                  const ParallelFor& parallel) const noexcept {
   if (rows == 0 || weights_.n == 0) return;
-  const Split split = SplitFor(rows);
-  const PackedX packed = PackedXFor(rows);
-  const Scratch places = ScratchFor(rows);
+  const Plan plan = PlanFor(rows);
   const auto floats = [&](size_t at) { return reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + at); };
   Call c = {};
   c.level = level_;
-  c.kernel = &KernelFor(rows);
+  c.kernel = plan.kernel;
   c.weights = &weights_;
   c.outputs = &outputs_;
   c.total_rows = rows;
-  c.passes = split.passes;
-  c.pass_rows = split.pass_rows;
-  c.strip_items = split.strip_items;
-  c.k_parts = weights_.k == 0 ? 0 : split.k_parts;
+  c.passes = plan.passes;
+  c.pass_rows = plan.pass_rows;
+  c.strip_items = plan.strip_items;
+  c.k_parts = weights_.k == 0 ? 0 : plan.k_parts;
   c.x = x;
-  c.pack_rows = packed.item_rows;
+  c.pack_rows = plan.pack_rows;
   c.y = y;
-  c.job.x = packed.in_place ? x : scratch;
-  c.job.x_row_bytes = packed.row_bytes;
+  c.job.x = plan.x_in_place ? x : scratch;
+  c.job.x_row_bytes = plan.x_row_bytes;
   c.job.finish = c.k_parts == 1;
   c.job.bias = static_cast<const float*>(bias);
-  if (c.k_parts > 1) c.partial = floats(places.parts);
+  if (c.k_parts > 1) c.partial = floats(plan.parts_at);
   if (element_ == Element::kFp16) {
-    c.y_floats = floats(places.y);
-    c.x_floats = floats(places.x_rows);
+    c.y_floats = floats(plan.y_at);
+    c.x_floats = floats(plan.x_rows_at);
     if (bias != nullptr) {
-      level_->halves_to_floats(static_cast<const uint16_t*>(bias), weights_.n, floats(places.bias));
-      c.job.bias = floats(places.bias);
+      level_->halves_to_floats(static_cast<const uint16_t*>(bias), weights_.n, floats(plan.bias_at));
+      c.job.bias = floats(plan.bias_at);
     }
   }
 
@@ -344,12 +343,12 @@ void MatMul::Run(const void* x, size_t rows, const void* bias, void* const* y, v
     if (count == 1) return body(&c, 0);
     parallel.run(parallel.host, count, body, &c);
   };
-  if (c.k_parts > 0 && !packed.in_place) {
-    run(packed.items(rows), PackItem);
-    const size_t used = rows * packed.row_bytes;
-    std::memset(static_cast<uint8_t*>(scratch) + used, 0, packed.bytes - used);
+  if (c.k_parts > 0 && !plan.x_in_place) {
+    run(plan.pack_items(), PackItem);
+    const size_t used = rows * plan.x_row_bytes;
+    std::memset(static_cast<uint8_t*>(scratch) + used, 0, plan.x_bytes - used);
   }
-  if (c.k_parts > 0) run(split.items(), MultiplyItem);
+  if (c.k_parts > 0) run(plan.items(), MultiplyItem);
   if (c.k_parts == 1) return;
   for (size_t i = 0; i < outputs(); ++i) FinishOutput(c, i);
 }

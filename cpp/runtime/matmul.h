@@ -60,14 +60,13 @@ class MatMul {
   const char* path(size_t rows) const { return KernelFor(rows).path; }
 
  private:
-  struct Split;
-  struct PackedX;
-  struct Scratch;
+  struct Plan;
   Status SetOutputs(const Options& options);
   const Kernel& KernelFor(size_t rows) const;
-  Split SplitFor(size_t rows) const;
-  PackedX PackedXFor(size_t rows) const;
-  Scratch ScratchFor(size_t rows) const;
+  Plan PlanFor(size_t rows) const;
+  void PlanX(Plan* plan) const;
+  void PlanSplit(Plan* plan) const;
+  void PlanScratch(Plan* plan) const;
 
   PackedView weights_ = {};
   const Level* level_ = nullptr;

@@ -418,19 +418,10 @@ TEST(MatMul, EveryHalfIsConvertedAtEveryLevel) {
     std::vector<float> numbers;
     for (size_t i = 0; i < all.size(); ++i) {
       const float expected = FloatFromFp16(all[i]);
-      if (std::isnan(expected))
-        ASSERT_TRUE(std::isnan(floats[i])) << level->name << " " << i;
-      else
-        ASSERT_EQ(floats[i], expected) << level->name << " " << i;
+      ASSERT_EQ(BitsOf(floats[i]), BitsOf(expected)) << level->name << " " << i;
       // The half itself, what lies halfway to the next one, and its neighbours.
-      uint32_t bits;
-      std::memcpy(&bits, &expected, sizeof bits);
-      for (const uint32_t offset : {0u, 0xfffu, 0x1000u, 0x1001u, 0x1fffu}) {
-        const uint32_t moved = bits + offset;
-        float number;
-        std::memcpy(&number, &moved, sizeof number);
-        if (!std::isnan(number)) numbers.push_back(number);
-      }
+      for (const uint32_t offset : {0u, 0xfffu, 0x1000u, 0x1001u, 0x1fffu})
+        numbers.push_back(FloatOf(BitsOf(expected) + offset));
     }
     EXPECT_EQ(floats.back(), 7.0f);
     for (const float number : {1e-45f, 1e-8f, 2.9e-8f, 2.98023224e-8f, 3e-8f, 65519.99f, 65520.0f, 3e38f, -1e-8f})
