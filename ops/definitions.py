@@ -220,7 +220,12 @@ SPARSE_AMX_ATTENTION: Final = OpDefinition(
     attributes=(
         Attribute("num_heads", int, "Heads of the query."),
         Attribute("kv_num_heads", int, "Heads of key and value; a divisor of num_heads."),
-        Attribute("roles", str, "The names of the inputs after the query, in their order, with commas between them."),
+        Attribute(
+            "roles",
+            str,
+            "The names of the inputs after the query, in their order, with commas between them.",
+            default="",
+        ),
         Attribute("scale", float, "Factor of the scores; 0 takes one over the root of the head's size.", default=0.0),
         Attribute("softcap", float, "Scores become softcap * tanh(score / softcap); 0 leaves them.", default=0.0),
         Attribute("local_window_size", int, "Keys that a query sees, its own included; -1: all.", default=-1),
