@@ -22,6 +22,9 @@ from sparamx_onnx.ops.errors import SparamxError
 _DEBUG = "SPARAMX_DEBUG"
 _DONE, _FAILED, _UNUSABLE, _INTERRUPTED = 0, 1, 2, 130
 
+# Those that came. A library that is just being imported may make an error of its own of the exception that they raise.
+_signals: list[int] = []
+
 _MAGNITUDE_WARNING = (
     "warning: --method magnitude prunes without looking at any data, and at 50 % it usually ruins a language model;"
     " judge the result on your own data before you use it."
@@ -34,7 +37,9 @@ logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 def main() -> NoReturn:
     """Runs the command line of this process and exits with its code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a background job
+        signal.signal(signal.SIGINT, _end)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -63,6 +68,9 @@ def run(arguments: list[str]) -> int:
     except MemoryError:
         _complain("out of memory")
     except Exception as error:  # the promise of this function: never a traceback unless asked for
+        if _signals:
+            _complain("interrupted")
+            return 128 + _signals[0]
         _complain(
             f"{type(error).__name__}: {' '.join(str(error).split())}: this is a bug in sparamx-onnx;"
             f" run again with {_DEBUG}=1 to see where"
@@ -500,6 +508,9 @@ def _complain(message: str) -> None:
     click.echo(f"error: {message.rstrip('.')}.", err=True)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    # As an exception, so that whatever is being written is cleaned away as after Ctrl-C.
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    # As an exception, so that whatever is being written is cleaned away.
+    _signals.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)

@@ -195,6 +195,28 @@ def test_conversions_killed_at_any_moment_leave_all_or_nothing(
     print(f"{KILLS} conversions interrupted: {dict(outcomes)}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interruption_that_a_library_makes_an_error_of_is_one(number: signal.Signals) -> None:
+    """As NumPy does while it is imported."""
+    script = """
+import os, sys, time
+from sparamx_onnx import cli
+
+def swallow(*arguments, **options):
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(60)
+    except BaseException:
+        raise ImportError("import failed") from None
+
+cli.commands.main = swallow
+cli.main()
+"""
+    command = [sys.executable, "-P", "-c", script, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONG)
+    assert (done.returncode, done.stderr) == (INTERRUPTED[number], "error: interrupted.\n")
+
+
 def test_two_conversions_at_once_do_not_disturb_each_other(model: Path) -> None:
     processes = [
         subprocess.Popen(
