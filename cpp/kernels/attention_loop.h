@@ -196,6 +196,34 @@ SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* a
   return factor;
 }
 
+SPARAMX_INLINE bool AreFinite(const float* v, size_t stride, size_t keys, size_t columns) {
+  Lanes all = {};
+  float rest = 0.0f;
+  for (size_t t = 0; t < keys; ++t, v += stride) {
+    size_t c = 0;
+    for (; c + kVecFloats <= columns; c += kVecFloats) {
+      Lanes x;
+      __builtin_memcpy(&x, v + c, sizeof x);
+      all += x - x;
+    }
+    for (; c < columns; ++c) rest += v[c] - v[c];
+  }
+  return Sum(all) + rest == 0.0f;
+}
+
+// sums = sums * factor + scores V, without the keys that a row does not see: what they hold does not matter.
+__attribute__((noinline)) void AddSeen(const AttentionJob& job, const float* factors) {
+  for (size_t r = 0; r < job.rows; ++r) {
+    float* const sums = job.sums + r * job.sums_stride;
+    for (size_t c = 0; c < job.value_size; ++c) sums[c] *= factors[r];
+    for (size_t t = 0; t < job.keys; ++t) {
+      if (IsHidden(job, r, t)) continue;
+      const float weight = job.scores[r * kKeyBlock + t];
+      for (size_t c = 0; c < job.value_size; ++c) sums[c] += weight * job.v[t * job.v_stride + c];
+    }
+  }
+}
+
 template <class Isa>
 void Attend(const AttentionJob& job) {
   float factors[kRowBlock];
@@ -214,6 +242,9 @@ void Attend(const AttentionJob& job) {
                 scored, nullptr);
   }
   for (size_t r = 0; r < job.rows; ++r) factors[r] = SoftmaxRow(job, r, ahead);
+  if (MayHide(job, job.first_key, job.first_key + job.keys) &&
+      !AreFinite(job.v, job.v_stride, job.keys, job.value_size))
+    return AddSeen(job, factors);
   Strips<Isa>(job.scores, kKeyBlock, job.rows, job.keys, job.v, job.v_stride, job.sums, job.sums_stride, factors,
               job.value_size, ahead);
 }

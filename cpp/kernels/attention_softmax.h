@@ -49,6 +49,11 @@ SPARAMX_INLINE void ExpOrZero(Lanes* x) {
   *x = v < low ? zero : *x;
 }
 
+// Minus infinity hides whatever the score is.
+SPARAMX_INLINE float Added(float score, float bias) {
+  return bias == kMinusInfinity ? bias : score + bias;
+}
+
 // Softcap, biases, and minus infinity for keys that the row does not see or that are not there.
 SPARAMX_INLINE void FinishScores(const AttentionJob& job, size_t r, Lanes (&x)[kKeyBlock / kVecFloats],
                                  size_t vectors) {
@@ -58,8 +63,8 @@ SPARAMX_INLINE void FinishScores(const AttentionJob& job, size_t r, Lanes (&x)[k
   if (job.bias != nullptr || job.mask != nullptr) {
     __builtin_memcpy(row, x, vectors * sizeof(Lanes));
     for (size_t t = 0; t < job.keys; ++t) {
-      if (job.bias != nullptr) row[t] += job.bias[r][job.first_key + t];
-      if (job.mask != nullptr) row[t] += job.mask[r][job.first_key + t];
+      if (job.bias != nullptr) row[t] = Added(row[t], job.bias[r][job.first_key + t]);
+      if (job.mask != nullptr) row[t] = Added(row[t], job.mask[r][job.first_key + t]);
     }
     __builtin_memcpy(x, row, vectors * sizeof(Lanes));
   }
@@ -71,6 +76,23 @@ SPARAMX_INLINE void FinishScores(const AttentionJob& job, size_t r, Lanes (&x)[k
       if (job.first_key + t < seen.first || job.first_key + t >= Smaller(seen.last, end)) row[t] = kMinusInfinity;
     __builtin_memcpy(x, row, vectors * sizeof(Lanes));
   }
+}
+
+// Whether a row does not see key t of the call.
+SPARAMX_INLINE bool IsHidden(const AttentionJob& job, size_t r, size_t t) {
+  const size_t key = job.first_key + t;
+  return key < job.visible[r].first || key >= job.visible[r].last ||
+         (job.bias != nullptr && job.bias[r][key] == kMinusInfinity) ||
+         (job.mask != nullptr && job.mask[r][key] == kMinusInfinity);
+}
+
+// Whether a row may not see one of the keys [first, last). A value that is no number must not come out of such a key,
+// whose weight is zero.
+SPARAMX_INLINE bool MayHide(const AttentionJob& job, size_t first, size_t last) {
+  if (job.bias != nullptr || job.mask != nullptr) return true;
+  for (size_t r = 0; r < job.rows; ++r)
+    if (job.visible[r].first > first || job.visible[r].last < last) return true;
+  return false;
 }
 
 // Takes new scores into the row's largest one. Weights are exp(score - base); returns the factor for what was summed

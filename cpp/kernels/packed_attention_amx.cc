@@ -355,9 +355,66 @@ size_t MultiplyValues(const PackedAttentionJob& job, size_t rows, const Scratch&
 }
 #undef SPARAMX_VALUE_STRIP
 
+SPARAMX_INLINE float NumberAt(const uint8_t* p) {
+  const uint32_t bits = LoadU16(p) << 16;
+  float number;
+  __builtin_memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
 template <Parts P>
-void AddSums(const AttentionJob& job, size_t first, size_t rows, const Scratch& s, const float* factors) {
+bool AreFinite(const Scratch& s, size_t rows, size_t r, size_t value_size) {
+  __m512 all = _mm512_setzero_ps();
+  for (size_t i = 0; i < value_size; i += kStripColumns) {
+    const __m512 x = Whole<P, kWeightParts>(s.sums + (i / kStripColumns * kTileRows + r) * 16, rows * 16);
+    all = _mm512_add_ps(all, _mm512_sub_ps(x, x));
+  }
+  return Sum((Lanes)all) == 0.0f;
+}
+
+// The sums of row r again, key by key and without those that it does not see: what they hold does not matter.
+__attribute__((noinline)) void SumSeen(const PackedAttentionJob& packed, size_t first, size_t rows, size_t r,
+                                       const Scratch& s) {
+  const size_t strips = packed.blocks[0].values.strips;
+  for (size_t strip = 0; strip < strips; ++strip)
+    for (size_t row = r; row < kTileRows; row += rows)
+      __builtin_memset(s.sums + (strip * kTileRows + row) * 16, 0, kTileRowBytes);
+  for (size_t b = 0; b < packed.count; ++b) {
+    const PackedBlock& block = packed.blocks[b];
+    AttentionJob job = packed.rows;
+    job.first_key = block.first_key;
+    job.keys = block.count;
+    Cursor cursor = {block.values.masks, block.values.values};
+    for (size_t tile = 0; tile < strips * block.values.tiles; ++tile) {
+      float* const sums = s.sums + (tile / block.values.tiles * kTileRows + r) * 16;
+      const size_t start = tile % block.values.tiles * kTileDepth;
+      const uint8_t* words = cursor.values;
+      if (cursor.masks != nullptr) {
+        ExpandWords<true>(&cursor, s.ring);
+        words = s.ring;
+      } else {
+        cursor.values += kTileBytes;
+      }
+      for (size_t t = 0; t < kTileDepth; ++t) {
+        if (start + t >= block.count || IsHidden(job, first + r, start + t)) continue;
+        float weight = 0.0f;
+        for (size_t part = 0; part < kWeightParts; ++part)
+          weight +=
+              NumberAt(s.weights + (b * kWeightParts * kTileRows + part * rows + r) * kWeightBytes + 2 * (start + t));
+        for (size_t c = 0; c < kStripColumns; ++c)
+          sums[c] += weight * NumberAt(words + t / 2 * kTileRowBytes + 4 * c + 2 * (t % 2));
+      }
+    }
+  }
+}
+
+template <Parts P>
+void AddSums(const PackedAttentionJob& packed, size_t first, size_t rows, const Scratch& s, const float* factors) {
+  const AttentionJob& job = packed.rows;
+  const PackedBlock& last = packed.blocks[packed.count - 1];
+  const bool may_hide = MayHide(job, packed.blocks[0].first_key, last.first_key + last.count);
   for (size_t r = 0; r < rows; ++r) {
+    if (may_hide && !AreFinite<P>(s, rows, r, job.value_size)) SumSeen(packed, first, rows, r, s);
     float* const sums = job.sums + (first + r) * job.sums_stride;
     const __m512 factor = _mm512_set1_ps(factors[r]);
     for (size_t i = 0; i < job.value_size; i += kStripColumns) {
@@ -388,7 +445,7 @@ size_t AttendRows(const PackedAttentionJob& job, size_t first, size_t rows, cons
     const size_t sound = MultiplyValues<P>(job, rows, s, ahead);
     if (sound < job.count) return sound;
   }
-  AddSums<P>(job.rows, first, rows, s, factors);
+  AddSums<P>(job, first, rows, s, factors);
   return job.count;
 }
 

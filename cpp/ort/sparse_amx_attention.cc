@@ -389,11 +389,26 @@ void SparseAMXAttentionKernel::WriteAdded(const Inputs& inputs, float* added, At
     for (size_t t = 0; t < call->total; ++t) *added++ = Signed(t) < sees[entry] ? 0.0f : mask_filter_value_;
 }
 
+// Where the host has refused a present cache because its one buffer is full, says so.
+void SparseAMXAttentionKernel::CheckRoom(const AttentionCall& call) const {
+  const bool has_past = options_.packed ? call.past_cache != nullptr : call.past_key != nullptr;
+  const size_t room = options_.packed ? call.layout.Capacity(call.past_blocks) : call.past_capacity;
+  if (!has_past || call.total <= room) return;
+  Fail(Status::Invalid("with the tokens of this call its cache has " + std::to_string(call.total) +
+                       " tokens, but the buffer given for past and present has room for " + std::to_string(room)));
+}
+
 void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, size_t query_rank, AttentionCall* call) const {
   size_t outputs = 0;
   Ort::ThrowOnError(api_.KernelContext_GetOutputCount(context, &outputs));
-  const auto output = [&](size_t index, const Shape& shape) {
-    return index < outputs ? MakeOutput(api_, context, index, shape) : nullptr;
+  const auto output = [&](size_t index, const Shape& shape) -> void* {
+    if (index >= outputs) return nullptr;
+    try {
+      return MakeOutput(api_, context, index, shape);
+    } catch (const Ort::Exception&) {
+      if (index != SparseAMXAttention::kOutput) CheckRoom(*call);
+      throw;
+    }
   };
   const int64_t batch = Signed(call->batch), kv_heads = Signed(options_.kv_heads), capacity = Signed(call->capacity);
   const int64_t queries = Signed(call->queries), heads = Signed(options_.heads), size = Signed(call->value_size);

@@ -36,6 +36,9 @@ ELEMENT_TYPES = {
     np.bool_: TensorProto.BOOL,
 }
 
+# Heads of a node whose queries share keys.
+GROUPED = {"query": 4, "key": 2, "value": 2}
+
 Inputs = dict[str, np.ndarray]
 Change = Callable[[Inputs], Any]
 
@@ -426,6 +429,42 @@ def test_large_scores_and_values_that_are_no_numbers() -> None:
         output = run(session, case)[0]
         assert np.isfinite(output[0, :100]).all()
         assert np.isnan(output[0, 100:]).all(), hex(bits)
+
+
+@pytest.mark.parametrize("isa", SUPPORTED)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_keys_that_a_query_does_not_see_do_not_matter(isa: str, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARAMX_ISA", isa)
+    rng = np.random.default_rng(4)
+    inputs = {name: rng.standard_normal((1, 150, heads * 40), np.float32) for name, heads in GROUPED.items()}
+    options = AttentionOptions(GROUPED["query"], GROUPED["key"], local_window_size=40)
+    expected = run(attention_session(options, inputs), Case(options, inputs, shared=False))[0]
+    for name in ("key", "value"):
+        inputs[name][0, 100] = bad
+    output = run(attention_session(options, inputs), Case(options, inputs, shared=False))[0]
+    np.testing.assert_allclose(output[0, :100], expected[0, :100], atol=1e-5)
+    np.testing.assert_allclose(output[0, 140:], expected[0, 140:], atol=1e-5)
+    assert not np.isfinite(output[0, 100:140]).any()
+    # A bias hides the key from all, and a step in a shared buffer ends before it.
+    options = dataclasses.replace(options, local_window_size=-1)
+    inputs["attention_bias"] = np.zeros((1, 1, 150, 150), np.float32)
+    inputs["attention_bias"][..., 100] = -np.inf
+    assert np.isfinite(run(attention_session(options, inputs), Case(options, inputs, shared=False))[0]).all()
+    step: Inputs = {name: inputs[name][:, :1] for name in GROUPED}
+    for name in ("key", "value"):
+        past = inputs[name].reshape(1, 150, GROUPED[name], 40).transpose(0, 2, 1, 3)
+        step[f"past_{name}"] = np.ascontiguousarray(past)
+    step["seqlens_k"], step["total_sequence_length"] = np.array([99], np.int32), np.array(100, np.int32)
+    assert np.isfinite(run(attention_session(options, step), Case(options, step, shared=True))[0]).all()
+
+
+def test_a_buffer_that_is_too_small_is_refused() -> None:
+    case = dataclasses.replace(_step(), shared=True)
+    case.inputs["seqlens_k"][1], case.inputs["total_sequence_length"] = 24, np.array(25, np.int32)
+    with pytest.raises(
+        Exception, match="its cache has 25 tokens, but the buffer given for past and present has room for 24"
+    ):
+        run(attention_session(case.options, case.inputs), case)
 
 
 @pytest.mark.parametrize("size", [(0, 5), (2, 0)])

@@ -369,7 +369,33 @@ def test_wrong_attributes_are_refused_in_words(attributes: dict[str, Any], messa
         packed_session(options, cache, inputs, **attributes)
 
 
+@pytest.mark.parametrize("isa", SUPPORTED)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_keys_that_a_query_does_not_see_do_not_matter(
+    isa: str, bad: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARAMX_ISA", isa)
+    options, pruning = AttentionOptions(4, 2, local_window_size=40), CacheOptions(0.3, 0.5)
+    setting = Setting(options, pruning, 40, 40, 1, frozenset(), None)
+    rng = np.random.default_rng(5)
+    prompt = make_call(rng, setting, np.zeros((1, 2, 0), np.uint8), np.zeros(1, np.int64), 150)
+    step = make_call(rng, setting, np.zeros((1, 2, 0), np.uint8), np.full(1, 150), tokens)
+    outputs = []
+    for number in (1.0, bad):
+        for name in ("key", "value"):
+            prompt[name][0, 100] = number
+        session = packed_session(options, pruning, prompt)
+        output, step["past_cache"] = run(session, prompt, False)
+        outputs.append(np.concatenate([output, run(session, step, False)[0]], axis=1))
+    for hidden in (slice(0, 100), slice(140, None)):
+        np.testing.assert_allclose(outputs[1][0, hidden], outputs[0][0, hidden], atol=1e-5)
+    assert not np.isfinite(outputs[1][0, 100:140]).any()
+
+
 def test_a_buffer_that_is_too_small_is_refused() -> None:
     options, cache, inputs = _step(60)
-    with pytest.raises(Exception, match="'present_cache' of node 'attention'"):
+    with pytest.raises(
+        Exception, match="its cache has 260 tokens, but the buffer given for past and present has room for 255"
+    ):
         run(packed_session(options, cache, inputs), inputs, True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import sparamx_onnx
+from sparamx_onnx.ops.packed_cache import CacheOptions
+from sparamx_onnx.ops.reference_attention import AttentionOptions
+from sparamx_onnx.ops.reference_packed_cache import packed_attention
 
 OLDEST = "1.21.1"
 K, N = 200, 130
@@ -147,6 +151,46 @@ def _attention(folder: Path, name: str, tokens: int, packed: bool) -> None:
     np.savez(folder / f"{name}.npz", **feeds)
 
 
+def _packed_attention(folder: Path) -> None:
+    """A prompt into an empty packed cache, and a step over the cache that it leaves, of which a block is packed."""
+    rng = np.random.default_rng(0)
+    heads, kv_heads, size, past = 4, 2, 32, 70
+    options, pruning = AttentionOptions(heads, kv_heads), CacheOptions(0.3, 0.5)
+    cache = np.zeros((1, kv_heads, 0), np.uint8)
+    for name, before, tokens in (("packed-prompt", 0, past), ("packed-step", past, 1)):
+        feeds = {
+            "query": rng.standard_normal((1, tokens, heads * size), np.float32),
+            "key": rng.standard_normal((1, tokens, kv_heads * size), np.float32),
+            "value": rng.standard_normal((1, tokens, kv_heads * size), np.float32),
+            "past_cache": cache,
+            "seqlens_k": np.array([before + tokens - 1], np.int32),
+            "total_sequence_length": np.array(before + tokens, np.int32),
+        }
+        node = helper.make_node(
+            "SparseAMXAttention", list(feeds), ["output", "", "", "present_cache"], "attention", domain="com.sparamx",
+            num_heads=heads, kv_num_heads=kv_heads, cache="packed", roles=",".join(list(feeds)[1:]), **vars(pruning),
+        )  # fmt: skip
+        graph = helper.make_graph(
+            [node],
+            "g",
+            [
+                helper.make_tensor_value_info(
+                    name, helper.np_dtype_to_tensor_dtype(x.dtype), [f"{name}{i}" for i in range(x.ndim)]
+                )
+                for name, x in feeds.items()
+            ],
+            [
+                helper.make_tensor_value_info("output", TensorProto.FLOAT, None),
+                helper.make_tensor_value_info("present_cache", TensorProto.UINT8, None),
+            ],
+        )
+        imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.sparamx", 1)]
+        onnx.save(helper.make_model(graph, ir_version=10, opset_imports=imports), folder / f"{name}.onnx")
+        np.savez(folder / f"{name}.npz", **feeds)
+        lengths: dict[str, Any] = {"total_sequence_length": before + tokens}
+        cache = packed_attention(options, pruning, **(feeds | lengths)).present_cache
+
+
 def test_attention_gives_the_same_bits_with_the_oldest_runtime(
     tmp_path: Path, oldest: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -155,6 +199,7 @@ def test_attention_gives_the_same_bits_with_the_oldest_runtime(
     for tokens in (1, 70):
         for packed in (False, True):
             _attention(folder, f"{tokens}-{'packed' if packed else 'apart'}", tokens, packed)
+    _packed_attention(folder)
     library = sparamx_onnx.get_library_path()
     result = oldest("-P", FEEDS_WORKER, library, folder, tmp_path / "oldest.npz")
     assert result.returncode == 0, result.stderr
@@ -163,8 +208,9 @@ def test_attention_gives_the_same_bits_with_the_oldest_runtime(
     )
     then, now = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("oldest", "here"))
     assert (str(then.pop("version")), str(now.pop("version"))) == (OLDEST, onnxruntime.__version__)
-    assert len(then) == 4 * 3
+    assert len(then) == 4 * 3 + 2 * 2
     for name, value in then.items():
+        assert value.size != 0
         assert np.isfinite(value).all()
         assert value.tobytes() == now[name].tobytes(), name
 
