@@ -12,7 +12,9 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,21 +145,53 @@ def commit(folder: Path, output: Path) -> None:
     """Moves ``output`` and its data file from a staging folder into place.
 
     A model that is being replaced goes first and the new one comes last: at no moment does a model file stand beside
-    the data of another.
+    the data of another. Between the two there are only renames, for which interruptions wait: files that are replaced
+    are moved aside, as removing a large one takes its time, and go with the folder.
 
     Args:
         folder: The staging folder; holds a file named like ``output`` and perhaps one named like its data file.
         output: Where the model goes.
+
+    Raises:
+        OSError: Something cannot be moved; what was replaced is back.
     """
     data = data_path(output)
-    sync(folder / output.name, folder / data.name)
-    output.unlink(missing_ok=True)
-    if (folder / data.name).exists():
-        (folder / data.name).replace(data)
-    else:
-        data.unlink(missing_ok=True)
-    (folder / output.name).replace(output)
+    new = [path for path in (folder / data.name, folder / output.name) if path.exists()]
+    sync(*new)
+    replaced = Path(tempfile.mkdtemp(dir=folder))
+    with _interruptions_wait():
+        try:
+            for path in (output, data):
+                if path.exists() or path.is_symlink():
+                    path.replace(replaced / path.name)
+            for path in new:
+                path.replace(output.parent / path.name)
+        except OSError:
+            for path in (data, output):
+                if (replaced / path.name).exists():
+                    (replaced / path.name).replace(path)
+            raise
     sync(output.parent)
+
+
+@contextlib.contextmanager
+def _interruptions_wait() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end of the block. Only the main thread ever sees them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for one in came:
+            signal.raise_signal(one)
 
 
 def sync(*paths: Path) -> None:

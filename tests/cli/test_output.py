@@ -25,6 +25,12 @@ def _write(folder: Path, output: Path, model: bytes, data: bytes | None) -> None
         (folder / data_path(output).name).write_bytes(data)
 
 
+def _convert(output: Path) -> None:
+    with staging(output) as folder:
+        _write(folder, output, b"new model", b"new data")
+        commit(folder, output)
+
+
 def test_both_files_appear_and_the_staging_folder_goes(tmp_path: Path, tree: Tree) -> None:
     output = tmp_path / "out.onnx"
     with staging(output) as folder:
@@ -50,6 +56,63 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, tree: Tree) -> No
     with contextlib.suppress(KeyboardInterrupt), staging(output) as folder:
         _write(folder, output, b"half", b"half")
         raise KeyboardInterrupt
+    assert tree(tmp_path) == {"out.onnx": b"old model", "out.onnx.data": b"old data"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("move", range(4))
+def test_an_interruption_between_two_moves_waits_for_the_last(
+    tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, move: int
+) -> None:
+    output = tmp_path / "out.onnx"
+    _write(tmp_path, output, b"old model", b"old data")
+    moved = 0
+    move_for_real = Path.replace
+
+    def replace(self: Path, target: Path) -> None:
+        nonlocal moved
+        if moved == move:
+            signal.raise_signal(number)
+        moved += 1
+        move_for_real(self, target)
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        monkeypatch.setattr(Path, "replace", replace)
+        with pytest.raises(InterruptedError):
+            _convert(output)
+        assert signal.getsignal(number) is stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert moved == 4
+    assert tree(tmp_path) == {"out.onnx": b"new model", "out.onnx.data": b"new data"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("move", range(4))
+def test_a_move_that_fails_brings_back_what_was_replaced(
+    tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, move: int
+) -> None:
+    output = tmp_path / "out.onnx"
+    _write(tmp_path, output, b"old model", b"old data")
+    moved = 0
+    move_for_real = Path.replace
+
+    def replace(self: Path, target: Path) -> None:
+        nonlocal moved
+        moved += 1
+        if moved == move + 1:
+            raise OSError("no")
+        move_for_real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OSError, match="no"):
+        _convert(output)
     assert tree(tmp_path) == {"out.onnx": b"old model", "out.onnx.data": b"old data"}
     assert len(list(tmp_path.iterdir())) == 2
 
