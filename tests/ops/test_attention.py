@@ -519,6 +519,7 @@ def _step() -> Case:
         (lambda i: i.update(query=i["query"][0]), "query has the shape"),
         (lambda i: i.update({n: i[n][:20] for n in ("cos_cache", "sin_cache")}), "the position 20, but .* 20"),
         (lambda i: i.update(cos_cache=i["cos_cache"][:, :4]), "sin_cache has the shape"),
+        (lambda i: i.update(cos_cache=np.ones((30, 9), np.float32)), r"cos_cache .* \[positions, at most 8\]"),
         (lambda i: i.update(position_ids=np.array([[3], [-1]])), "has the position -1"),
         (lambda i: i.update(position_ids=np.array([[3, 4], [5, 6]])), "position_ids has the shape"),
         (lambda i: i.update(attention_bias=np.zeros((1, 3, 1, 21), np.float32)), "attention_bias has the shape"),
@@ -532,6 +533,15 @@ def test_wrong_inputs_are_refused_in_words(change: Change, message: str) -> None
     case = _step()
     change(case.inputs)
     with pytest.raises(Exception, match=f"SparseAMXAttention node 'attention': .*{message}"):
+        run(attention_session(case.options, case.inputs), case)
+
+
+def test_an_entry_shorter_than_the_calls_tokens_is_refused() -> None:
+    case = _step()
+    for name in ("query", "key", "value"):
+        case.inputs[name] = np.repeat(case.inputs[name], 3, axis=1)
+    case.inputs["seqlens_k"] = np.array([1, 20], np.int32)
+    with pytest.raises(Exception, match="entry 0 of the batch has 2 tokens in all, fewer than the 3 that this call"):
         run(attention_session(case.options, case.inputs), case)
 
 
@@ -567,6 +577,8 @@ def test_wrong_attributes_are_refused_in_words(
         ("key,value,kez", "'kez', which is no role"),
         ("key,value,key", "names key twice"),
         ("key,value", "3 inputs after the query, but its attribute roles names 2"),
+        ("key,value,position_ids", "position_ids need cos_cache and sin_cache"),
+        ("key,value,past_cache", "its cache is float, so it cannot have the input past_cache"),
     ],
 )
 def test_wrong_roles_are_refused_in_words(roles: str, message: str) -> None:

@@ -246,3 +246,45 @@ def test_types_that_are_mixed(weight) -> None:
     blob = packing.pack(weight(np.random.default_rng(8), 64, 48, 0.5, holes=False), PackOptions())
     with pytest.raises(Exception, match=r"(?i)type"):
         _session(blob, 64, 48, np.zeros(48, np.float16))
+
+
+def _open_session(k: int, n: int) -> onnxruntime.InferenceSession:
+    """Weights and bias come with every call, and no shape is known."""
+    node = helper.make_node(SPARSE_AMX_MATMUL.name, ["x", "w", "b"], ["y"], "node", domain=DOMAIN, K=k, N=n)
+    types = {"x": TensorProto.FLOAT, "w": TensorProto.UINT8, "b": TensorProto.FLOAT}
+    inputs = [helper.make_tensor_value_info(name, element_type, None) for name, element_type in types.items()]
+    graph = helper.make_graph([node], "graph", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    library.register(options)
+    model = helper.make_model(graph, ir_version=10, opset_imports=imports).SerializeToString()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def test_weights_that_change_from_call_to_call(weight) -> None:
+    rng = np.random.default_rng(6)
+    session = _open_session(70, 33)
+    for weight_type in WeightType:
+        w = weight(rng, 70, 33, 0.5, holes=True)
+        x, b = rng.standard_normal((3, 70), np.float32), rng.standard_normal(33, np.float32)
+        blob = packing.pack(w, PackOptions(weight_type))
+        constant = _session(blob, 70, 33, b).run(None, {"x": x})[0]
+        assert np.array_equal(session.run(None, {"x": x, "w": blob, "b": b})[0], constant)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((3, 71), np.float32)}, r"X has the shape \[3, 71\], but its last dimension must be K = 70"),
+        ({"x": np.array(1, np.float32)}, r"X has the shape \[\], but its last dimension must be K = 70"),
+        ({"b": np.zeros(34, np.float32)}, r"B has the shape \[34\], but it must be \[N\] = \[33\]"),
+        ({"b": np.zeros((1, 33), np.float32)}, r"B has the shape \[1, 33\], but it must be \[N\] = \[33\]"),
+        ({"w": np.zeros(5, np.uint8)}, "its packed weight is damaged: it is shorter than a header"),
+    ],
+)
+def test_inputs_that_do_not_fit(weight, change: dict[str, np.ndarray], message: str) -> None:
+    blob = packing.pack(weight(np.random.default_rng(7), 70, 33, 0.5, holes=False), PackOptions())
+    inputs = {"x": np.zeros((3, 70), np.float32), "w": blob, "b": np.zeros(33, np.float32)}
+    with pytest.raises(Exception, match=f"SparseAMXMatMul node 'node': {message}"):
+        _open_session(70, 33).run(None, inputs | change)
