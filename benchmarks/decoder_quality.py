@@ -22,6 +22,7 @@ import onnx
 import onnxruntime
 from documents import Cells
 from onnx import TensorProto, helper
+from quality import zeros
 
 import sparamx_onnx
 from sparamx_onnx.models import tinylm
@@ -146,13 +147,6 @@ def weights(dense: Path, folder: Path, arguments: argparse.Namespace, cases: Seq
             flush=True,
         )
         yield row
-
-
-def zeros(result: sparamx_onnx.ConversionResult) -> float:
-    """The share of zeros in the weights of all converted layers."""
-    layers = result.plan.converted
-    size = sum((layer.k or 0) * (layer.n or 0) for layer in layers)
-    return 1 - sum(layer.nnz or 0 for layer in layers) / size
 
 
 def write_calibration(folder: Path, count: int, length: int = 512) -> None:

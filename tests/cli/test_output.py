@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -29,6 +30,21 @@ def _convert(output: Path) -> None:
     with staging(output) as folder:
         _write(folder, output, b"new model", b"new data")
         commit(folder, output)
+
+
+def _count_moves(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> list[Path]:
+    """What has been moved, which grows; ``before`` gets the number of each move before it happens, from 0."""
+    moved: list[Path] = []
+    attempts = itertools.count()
+    move_for_real = Path.replace
+
+    def replace(self: Path, target: Path) -> None:
+        before(next(attempts))
+        move_for_real(self, target)
+        moved.append(self)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    return moved
 
 
 def test_both_files_appear_and_the_staging_folder_goes(tmp_path: Path, tree: Tree) -> None:
@@ -67,29 +83,20 @@ def test_an_interruption_between_two_moves_waits_for_the_last(
 ) -> None:
     output = tmp_path / "out.onnx"
     _write(tmp_path, output, b"old model", b"old data")
-    moved = 0
-    move_for_real = Path.replace
-
-    def replace(self: Path, target: Path) -> None:
-        nonlocal moved
-        if moved == move:
-            signal.raise_signal(number)
-        moved += 1
-        move_for_real(self, target)
 
     def stop(*_: object) -> None:
         raise InterruptedError
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        monkeypatch.setattr(Path, "replace", replace)
+        moves = _count_moves(monkeypatch, lambda index: signal.raise_signal(number) if index == move else None)
         with pytest.raises(InterruptedError):
             _convert(output)
         assert signal.getsignal(number) is stop
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    assert moved == 4
+    assert len(moves) == 4
     assert tree(tmp_path) == {"out.onnx": b"new model", "out.onnx.data": b"new data"}
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -100,17 +107,12 @@ def test_a_move_that_fails_brings_back_what_was_replaced(
 ) -> None:
     output = tmp_path / "out.onnx"
     _write(tmp_path, output, b"old model", b"old data")
-    moved = 0
-    move_for_real = Path.replace
 
-    def replace(self: Path, target: Path) -> None:
-        nonlocal moved
-        moved += 1
-        if moved == move + 1:
+    def fail(index: int) -> None:
+        if index == move:
             raise OSError("no")
-        move_for_real(self, target)
 
-    monkeypatch.setattr(Path, "replace", replace)
+    _count_moves(monkeypatch, fail)
     with pytest.raises(OSError, match="no"):
         _convert(output)
     assert tree(tmp_path) == {"out.onnx": b"old model", "out.onnx.data": b"old data"}
