@@ -13,10 +13,7 @@ from sparamx_onnx.graph_passes.write import data_path
 from sparamx_onnx.loading import LoadedModel, load_model
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.output import sync
-
-# Within the staging folder.
-_NEW, _OLD = "new", "old"
+from sparamx_onnx.output import check_place, commit, recover, sync
 
 
 class FolderOutput:
@@ -58,9 +55,8 @@ class FolderOutput:
         target, source = self.target.resolve(), self._source.resolve()
         if target.is_relative_to(source) or source.is_relative_to(target):
             raise SparamxError(f"{self.target}: is, holds or lies in the folder of the input; choose another output")
-        if not self.target.parent.is_dir():
-            what = "is not a folder" if self.target.parent.exists() else "does not exist"
-            raise SparamxError(f"{self.target}: cannot be written: {self.target.parent} {what}")
+        check_place(self.target)
+        recover(self.target)
         if self.target.exists() or self.target.is_symlink():
             if not force:
                 raise SparamxError(f"{self.target}: exists already; use --force (force=True) to replace it")
@@ -81,7 +77,7 @@ class FolderOutput:
 
     def model_in(self, staging: Path) -> Path:
         """Where in a staging folder the decoder has to be written; its folder is made."""
-        path = staging / _NEW / self._config.decoder
+        path = staging / self.target.name / self._config.decoder
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -95,7 +91,7 @@ class FolderOutput:
         Raises:
             OSError: Something cannot be copied or moved; then all is as it was.
         """
-        new, old = staging / _NEW, staging / _OLD
+        new = staging / self.target.name
         for path in self._kept_files(loaded):
             copy = new / path.relative_to(self._source)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -103,15 +99,7 @@ class FolderOutput:
         shutil.copyfile(library.get_library_path(), new / library.LIBRARY_NAME)
         (new / CONFIG_NAME).write_text(self._config.with_library(library.LIBRARY_NAME), encoding="utf-8")
         sync(new / self._config.decoder, data_path(new / self._config.decoder))
-        try:
-            if self.target.exists():
-                self.target.rename(old)
-            new.rename(self.target)
-        except BaseException:
-            if old.exists() and not self.target.exists():
-                old.rename(self.target)
-            raise
-        sync(self.target.parent)
+        commit(staging, self.target)
 
     def _kept_files(self, loaded: LoadedModel) -> list[Path]:
         """The files of the input folder that are copied as they are."""

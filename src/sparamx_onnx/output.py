@@ -1,8 +1,8 @@
-"""Puts a model and its data file in place whole, or not at all.
+"""Puts a model and all that belongs to it in place whole, or not at all.
 
-Both files are written into a hidden folder beside the destination and moved from there when they are complete.
-Whatever ends the run before that, the destination is as it was; a folder that a killed run left behind is removed by
-the next run for the same destination.
+An output, two files or a folder, is written into a hidden folder beside the destination and moved from there when it is
+complete. Whatever ends the run before that, the destination is as it was; a folder that a killed run left behind is
+removed by the next run for the same destination, which first puts back what had been moved aside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sparamx_onnx.graph_passes.write import data_path
 from sparamx_onnx.loading import LoadedModel
 from sparamx_onnx.ops.errors import SparamxError
 
-_LOCK = "lock"
+# Within a staging folder.
+_LOCK, _REPLACED = ".lock", ".replaced"
 # A folder without a lock that nobody has changed for so long belongs to no running conversion.
 _SECONDS_WITHOUT_LOCK = 60
 
@@ -53,7 +54,7 @@ class FileOutput:
 
     def commit(self, staging: Path, loaded: LoadedModel) -> None:
         """As ``commit``, once the model has been written."""
-        commit(staging, self.target)
+        commit(staging, self.target, data_path(self.target))
 
 
 def check_destination(output: Path, *, inputs: tuple[Path, ...], force: bool) -> None:
@@ -67,11 +68,8 @@ def check_destination(output: Path, *, inputs: tuple[Path, ...], force: bool) ->
     Raises:
         SparamxError: Says which file is in the way, or what is wrong with the folder.
     """
-    if not output.name or output.name in (".", ".."):
-        raise SparamxError(f"{output}: is no file name")
-    if not output.parent.is_dir():
-        what = "is not a folder" if output.parent.exists() else "does not exist"
-        raise SparamxError(f"{output}: cannot be written: {output.parent} {what}")
+    check_place(output)
+    recover(output)
     real_inputs = {path.resolve() for path in inputs}
     for path in (output, data_path(output)):
         if path.is_dir():
@@ -82,6 +80,19 @@ def check_destination(output: Path, *, inputs: tuple[Path, ...], force: bool) ->
             raise SparamxError(f"{path}: exists already; use --force (force=True) to replace it")
         if path.exists() and not path.is_file():
             raise SparamxError(f"{path}: is not a regular file")
+
+
+def check_place(output: Path) -> None:
+    """Refuses a destination without a name or without a folder to lie in.
+
+    Raises:
+        SparamxError: Says what is wrong.
+    """
+    if output.name in ("", ".."):
+        raise SparamxError(f"{output}: is no name for an output")
+    if not output.parent.is_dir():
+        what = "is not a folder" if output.parent.exists() else "does not exist"
+        raise SparamxError(f"{output}: cannot be written: {output.parent} {what}")
 
 
 def check_report(path: Path, *, others: tuple[Path, ...], force: bool) -> None:
@@ -127,51 +138,58 @@ def staging(output: Path) -> Iterator[Path]:
     Raises:
         SparamxError: Nothing can be written beside the destination.
     """
-    _remove_abandoned(output)
+    recover(output)
+    folder = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-    except OSError as error:
-        raise write_error(output, error) from error
-    try:
+        with _interruptions_wait():
+            folder = _make_folder(output)
         # Held until the end of the process or of this block: a lock that can be taken marks an abandoned folder.
         with (folder / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            with _interruptions_wait():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def commit(folder: Path, output: Path) -> None:
-    """Moves ``output`` and its data file from a staging folder into place.
+def commit(folder: Path, output: Path, *others: Path) -> None:
+    """Moves an output from a staging folder into place.
 
-    A model that is being replaced goes first and the new one comes last: at no moment does a model file stand beside
-    the data of another. Between the two there are only renames, for which interruptions wait: files that are replaced
-    are moved aside, as removing a large one takes its time, and go with the folder.
+    An output that is being replaced goes first and the new one comes last: at no moment does a model file stand beside
+    the data of another. Between the two there are only renames, for which interruptions wait: what is replaced is moved
+    aside, as removing it takes its time, and goes with the folder.
 
     Args:
-        folder: The staging folder; holds a file named like ``output`` and perhaps one named like its data file.
-        output: Where the model goes.
+        folder: The staging folder; holds what is named like ``output`` and perhaps some of the others.
+        output: Where the model, or the folder of a model, goes.
+        others: Files beside it that belong to it.
 
     Raises:
         OSError: Something cannot be moved; what was replaced is back.
     """
-    data = data_path(output)
-    new = [path for path in (folder / data.name, folder / output.name) if path.exists()]
-    sync(*new)
-    replaced = Path(tempfile.mkdtemp(dir=folder))
+    new = [path for path in (*others, output) if (folder / path.name).exists()]
+    sync(*(folder / path.name for path in new))
+    replaced = folder / _REPLACED
+    replaced.mkdir()
     with _interruptions_wait():
         try:
-            for path in (output, data):
-                if path.exists() or path.is_symlink():
+            for path in (output, *others):
+                if os.path.lexists(path):
                     path.replace(replaced / path.name)
             for path in new:
-                path.replace(output.parent / path.name)
+                (folder / path.name).replace(path)
+            replaced.rename(folder / f"{_REPLACED}.done")  # from here on it is not to be put back
         except OSError:
-            for path in (data, output):
-                if (replaced / path.name).exists():
-                    (replaced / path.name).replace(path)
+            _put_back(replaced, output)
             raise
     sync(output.parent)
+
+
+def _put_back(replaced: Path, output: Path) -> None:
+    # The output itself comes last, for the same reason as a new one does.
+    for path in sorted(replaced.iterdir(), key=lambda path: path.name == output.name):
+        path.replace(output.with_name(path.name))
 
 
 @contextlib.contextmanager
@@ -207,20 +225,28 @@ def sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
+def _make_folder(output: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+    except OSError as error:
+        raise write_error(output, error) from error
+
+
 def _prefix(output: Path) -> str:
     # Cut, because a file name may be as long as the file system allows.
     return f".{output.name[:100]}.sparamx-"
 
 
-def _remove_abandoned(output: Path) -> None:
+def recover(output: Path) -> None:
+    """Removes what killed runs for this destination left beside it, and puts back what they had moved aside."""
     prefix = _prefix(output)
     with contextlib.suppress(OSError):
         for folder in output.parent.iterdir():
             if folder.name.startswith(prefix) and folder.is_dir() and not folder.is_symlink():
-                _remove_if_unlocked(folder)
+                _recover_if_unlocked(folder, output)
 
 
-def _remove_if_unlocked(folder: Path) -> None:
+def _recover_if_unlocked(folder: Path, output: Path) -> None:
     with contextlib.suppress(OSError):
         if not (folder / _LOCK).exists():
             # Killed before it had the lock or while it was cleaning up; or it is just about to take the lock.
@@ -229,6 +255,8 @@ def _remove_if_unlocked(folder: Path) -> None:
             return
         with (folder / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.lexists(folder / _REPLACED / output.name) and not os.path.lexists(output):
+                _put_back(folder / _REPLACED, output)
             shutil.rmtree(folder, ignore_errors=True)
 
 

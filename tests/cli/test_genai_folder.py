@@ -203,17 +203,26 @@ def test_what_is_replaced_comes_back_if_the_new_one_cannot_take_its_place(
     output.mkdir()
     write_config(output)
     before = tree(tmp_path)
-    rename = Path.rename
+    replace = Path.replace
 
-    def interrupted(self: Path, target: Path) -> Path:
-        if self.name == "new":
-            raise KeyboardInterrupt
-        return rename(self, target)
+    def fail(self: Path, target: Path) -> Path:
+        if target == output and ".replaced" not in self.parts:
+            raise OSError("no")
+        return replace(self, target)
 
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(SparamxError, match="out: cannot be written: no"):
         sparamx_onnx.convert(folder, output, force=True)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".", "..", "folder/.."])
+def test_a_folder_needs_a_name(folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(SparamxError, match=r"^\S+: is no name for an output$|is, holds or lies in the folder"):
+        sparamx_onnx.convert(folder, name, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "model"]
 
 
 def test_a_failure_leaves_nothing(folder: Path, tmp_path: Path, tree: Tree) -> None:

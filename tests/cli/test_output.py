@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sparamx_onnx.graph_passes.write import data_path
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.output import check_destination, commit, staging
+from sparamx_onnx.output import check_destination, commit, recover, staging
 
 Tree = Callable[[Path], dict[str, bytes]]
 
@@ -29,7 +30,7 @@ def _write(folder: Path, output: Path, model: bytes, data: bytes | None) -> None
 def _convert(output: Path) -> None:
     with staging(output) as folder:
         _write(folder, output, b"new model", b"new data")
-        commit(folder, output)
+        commit(folder, output, data_path(output))
 
 
 def _count_moves(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> list[Path]:
@@ -47,12 +48,27 @@ def _count_moves(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None])
     return moved
 
 
+@contextlib.contextmanager
+def _interruptions_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise InterruptedError within the block."""
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def test_both_files_appear_and_the_staging_folder_goes(tmp_path: Path, tree: Tree) -> None:
     output = tmp_path / "out.onnx"
     with staging(output) as folder:
         _write(folder, output, b"model", b"data")
         assert not output.exists()
-        commit(folder, output)
+        commit(folder, output, data_path(output))
     assert tree(tmp_path) == {"out.onnx": b"model", "out.onnx.data": b"data"}
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -62,7 +78,7 @@ def test_replacing_leaves_no_data_of_the_model_before(tmp_path: Path, tree: Tree
     _write(tmp_path, output, b"old model", b"old data")
     with staging(output) as folder:
         _write(folder, output, b"new model", None)
-        commit(folder, output)
+        commit(folder, output, data_path(output))
     assert tree(tmp_path) == {"out.onnx": b"new model"}
 
 
@@ -83,19 +99,12 @@ def test_an_interruption_between_two_moves_waits_for_the_last(
 ) -> None:
     output = tmp_path / "out.onnx"
     _write(tmp_path, output, b"old model", b"old data")
-
-    def stop(*_: object) -> None:
-        raise InterruptedError
-
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _interruptions_raise():
         moves = _count_moves(monkeypatch, lambda index: signal.raise_signal(number) if index == move else None)
+        handler = signal.getsignal(number)
         with pytest.raises(InterruptedError):
             _convert(output)
-        assert signal.getsignal(number) is stop
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        assert signal.getsignal(number) is handler
     assert len(moves) == 4
     assert tree(tmp_path) == {"out.onnx": b"new model", "out.onnx.data": b"new data"}
     assert len(list(tmp_path.iterdir())) == 2
@@ -117,6 +126,83 @@ def test_a_move_that_fails_brings_back_what_was_replaced(
         _convert(output)
     assert tree(tmp_path) == {"out.onnx": b"old model", "out.onnx.data": b"old data"}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+_DIES_IN_COMMIT = """
+import os, signal, sys
+from pathlib import Path
+from sparamx_onnx.output import commit, staging
+
+output, moves, replace = Path(sys.argv[1]), int(sys.argv[2]), Path.replace
+
+def replace_or_die(self, target):
+    global moves
+    if moves == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    moves -= 1
+    return replace(self, target)
+
+Path.replace = replace_or_die
+with staging(output) as folder:
+    new, data = folder / output.name, Path(str(output) + ".data")
+    if output.is_dir():
+        new.mkdir()
+        (new / "model").write_bytes(b"new")
+        commit(folder, output)
+    else:
+        new.write_bytes(b"new")
+        (folder / data.name).write_bytes(b"new data")
+        commit(folder, output, data)
+"""
+
+
+@pytest.mark.parametrize(("kind", "moves"), [("files", 1), ("files", 2), ("files", 3), ("folder", 1)])
+def test_what_a_killed_run_had_moved_aside_is_back_before_the_next_begins(
+    tmp_path: Path, tree: Tree, kind: str, moves: int
+) -> None:
+    output = tmp_path / "out.onnx"
+    if kind == "files":
+        _write(tmp_path, output, b"old model", b"old data")
+    else:
+        output.mkdir()
+        (output / "model").write_bytes(b"old")
+    before = tree(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", _DIES_IN_COMMIT, output, str(moves)], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not output.exists()
+    recover(output)
+    assert tree(tmp_path) == before
+    assert all(not path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def test_what_a_complete_run_replaced_never_comes_back(tmp_path: Path) -> None:
+    """Not even if the run was killed before it had removed all of it."""
+    output = tmp_path / "out.onnx"
+    _write(tmp_path, output, b"old model", b"old data")
+    with staging(output) as folder:
+        _write(folder, output, b"new model", b"new data")
+        commit(folder, output, data_path(output))
+        (left,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
+        shutil.copytree(left, tmp_path / f"{left.name}copy")
+    output.unlink()
+    recover(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx.data"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_the_staging_folder_goes_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    rmtree = shutil.rmtree
+
+    def interrupted(folder: Path, **options: bool) -> None:
+        signal.raise_signal(number)
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with _interruptions_raise(), pytest.raises(InterruptedError):
+        _convert(tmp_path / "out.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
 
 
 _HOLDS_STAGING = """
