@@ -92,6 +92,12 @@ class FoldedConstant:
         """Whether it is dequantized on the way."""
         return any(isinstance(step, Dequantized) for step in self.steps)
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in the model, with the scales and zero points that dequantize it."""
+        parts = [part for step in self.steps if isinstance(step, Dequantized) for part in (step.scale, step.zero)]
+        return self.tensor.nbytes + sum(part.nbytes for part in parts if isinstance(part, FoldedConstant))
+
     def numpy(self) -> npt.NDArray[np.generic]:
         """The values at the use.
 

@@ -90,10 +90,12 @@ class Found:
     """A node that multiplies matrices.
 
     Attributes:
+        node: The node.
         plan: What is known of it; its action is ``left_alone`` exactly where there is no layer.
         layer: The linear layer, if it is one.
     """
 
+    node: ir.Node
     plan: NodePlan
     layer: LinearLayer | None = None
 
@@ -155,7 +157,7 @@ class LinearLayerFinder:
                 if _is_product(node):
                     plan = _left_alone(node, Reason.IN_FUNCTION)
                     plan.graph = function.name
-                    yield Found(plan)
+                    yield Found(node, plan)
 
     def _find_in(self, graph: ir.Graph, holder: str | None) -> Iterator[Found]:
         for node in graph:
@@ -172,7 +174,7 @@ class LinearLayerFinder:
 
     def _examine(self, node: ir.Node) -> Found | None:
         if node.domain == DOMAIN and node.op_type == SPARSE_AMX_MATMUL.name:
-            return Found(self._describe_converted(node))
+            return Found(node, self._describe_converted(node))
         reader = _READERS.get((node.domain, node.op_type))
         if reader is not None:
             try:
@@ -190,8 +192,8 @@ class LinearLayerFinder:
                 quantized = node.op_type in _QUANTIZED_RELATIVES
                 plan = _left_alone(node, Reason.QUANTIZED_WEIGHT if quantized else Reason.UNSUPPORTED_OPERATOR)
                 plan.weight = folded.name
-                plan.bytes_before = folded.tensor.nbytes
-                return Found(plan)
+                plan.bytes_before = folded.nbytes
+                return Found(node, plan)
         return None
 
     def _describe_converted(self, node: ir.Node) -> NodePlan:
@@ -222,25 +224,25 @@ class LinearLayerFinder:
         plan = _left_alone(node, Reason.CONVERTED)
         if weight is not None:
             plan.weight = weight.name
-            plan.bytes_before = weight.tensor.nbytes
+            plan.bytes_before = weight.nbytes
             if len(weight.shape) == 2:
                 plan.k, plan.n = weight.shape
         refusal = self._refusal(node, product)
         if refusal is not None:
             plan.reason, plan.detail = refusal.reason, refusal.detail
-            return Found(plan)
+            return Found(node, plan)
         assert not isinstance(product, Refusal)
         x = product.x
         if x.shape is not None and len(x.shape) > 0 and isinstance(x.shape[-1], int) and x.shape[-1] != plan.k:
             plan.reason = Reason.MALFORMED_NODE
             plan.detail = f"The activations end in {x.shape[-1]}, the weight has {plan.k} rows."
-            return Found(plan)
+            return Found(node, plan)
         layer = self._absorb(product)
         plan.action = Action.CONVERTED
         plan.bias = layer.bias is not None
         plan.epilogue = layer.epilogue.value
         plan.absorbed = tuple(other.name or "" for other in layer.nodes[1:])
-        return Found(plan, layer)
+        return Found(node, plan, layer)
 
     def _refusal(self, node: ir.Node, product: Product | Refusal) -> NotConstant | None:
         """Why a product cannot be packed, or None."""

@@ -17,7 +17,7 @@ from sparamx_onnx.graph_passes.linear_layers import LinearLayerFinder
 from sparamx_onnx.graph_passes.measure import Progress, measure
 from sparamx_onnx.graph_passes.options import Allocation, AttentionMode, ConvertOptions, Method
 from sparamx_onnx.graph_passes.pack_cache import PackCachePass
-from sparamx_onnx.graph_passes.plan import Plan
+from sparamx_onnx.graph_passes.plan import Action, Plan
 from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruning
 from sparamx_onnx.graph_passes.rewrite_attention import RewriteAttentionPass
 from sparamx_onnx.graph_passes.rewrite_matmul import RewriteMatMulPass
@@ -80,6 +80,8 @@ def run(
     rewrite_attention = RewriteAttentionPass(fast=replaces, exclude=options.exclude)
     rewrite_attention(model)
     plan.attention = rewrite_attention.plans
+    # The products inside an attention that was replaced are gone: nobody leaves them alone.
+    plan.nodes = [one.plan for one in found if one.plan.action is not Action.LEFT_ALONE or one.node.graph is not None]
     if plan.changes:
         model.metadata_props[VERSION_KEY] = library.version()
         record = options.to_json()

@@ -133,7 +133,7 @@ class NodePlan:
         nnz_before: Weights of the input model that are not zero; None until the weight has been read.
         nnz: Packed weights that are not zero; before writing a pruned model, what pruning will leave at most.
         estimated: Whether non-zeros and packed size are those of a sample, enlarged.
-        bytes_before: Size of the weight in the input model.
+        bytes_before: Size of the weight in the input model, its scales included.
         bytes_after: Size of the packed weight; of a fused layer, of its own part, as it would be alone.
         bias: Whether a bias is computed in the node, its own or an absorbed Add.
         epilogue: The activation function that is computed in the node.

@@ -133,7 +133,7 @@ def read_npz(path: str | os.PathLike[str], model: ir.Model) -> dict[str, Array]:
     """Inputs from a file that ``numpy.savez`` wrote, checked against the model's.
 
     Raises:
-        SparamxError: The file cannot be read, lacks an input, or has one of another type or rank.
+        SparamxError: The file cannot be read, lacks an input, or has one of another type or shape.
     """
     return check_inputs(read_arrays(path), model, os.fspath(path))
 
@@ -214,7 +214,7 @@ def check_inputs(arrays: Mapping[str, Array], model: ir.Model, source: str) -> d
         source: Where the arrays come from, for messages.
 
     Raises:
-        SparamxError: One is missing, or has another type or rank than the model declares.
+        SparamxError: One is missing, or has another type or shape than the model declares.
     """
     chosen: dict[str, Array] = {}
     for value in graph_inputs(model):
@@ -226,6 +226,10 @@ def check_inputs(arrays: Mapping[str, Array], model: ir.Model, source: str) -> d
             raise SparamxError(f"{source}: input '{name}' is {array.dtype}, the model wants {wanted}")
         if value.shape is not None and len(value.shape) != array.ndim:
             raise SparamxError(f"{source}: input '{name}' has {array.ndim} axes, the model wants {len(value.shape)}")
+        dimensions = array.shape if value.shape is None else value.shape
+        if any(isinstance(size, int) and size != given for size, given in zip(dimensions, array.shape, strict=True)):
+            shown = ", ".join(map(str, dimensions))
+            raise SparamxError(f"{source}: input '{name}' has the shape {list(array.shape)}, the model wants [{shown}]")
         chosen[name] = array
     return chosen
 

@@ -185,7 +185,7 @@ def test_zeros_that_are_there_are_kept(tmp_path: Path, mlp: Mlp, save: Save, inp
         (["--calibration", "EMPTY"], "holds no .npz file"),
         (["--calibration", "OTHER"], "has no array for input 'x'"),
         (["--calibration", "DOUBLE"], "is float64, the model wants float32"),
-        (["--calibration", "NARROW"], "it must end in 96"),
+        (["--calibration", "NARROW"], "NARROW.npz: input 'x' has the shape [2, 95], the model wants"),
         (["--calibration", "NOTHING"], "holds no run"),
     ],
 )

@@ -249,7 +249,7 @@ def test_verify_refuses_what_does_not_fit(
     broken.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(broken, tmp_path / "broken.onnx")
     for arguments, words in (
-        ([*pair, "--inputs", tmp_path / "wrong.npz"], "ONNX Runtime fails on these inputs"),
+        ([*pair, "--inputs", tmp_path / "wrong.npz"], "input 'x' has the shape [2, 95], the model wants"),
         ([*pair, "--inputs", tmp_path / "missing.npz"], "missing.npz: cannot be read"),
         ([pair[0], other], "other.onnx"),
         ([tmp_path / "broken.onnx", pair[1]], "ONNX Runtime cannot run this model"),

@@ -189,3 +189,5 @@ def test_inputs_that_do_not_fit_are_named() -> None:
         check_inputs({"x": np.zeros((1, 4))}, model, "given")
     with pytest.raises(SparamxError, match="input 'x' has 1 axes, the model wants 2"):
         check_inputs({"x": np.zeros(4, np.float32)}, model, "given")
+    with pytest.raises(SparamxError, match=r"input 'x' has the shape \[2, 3\], the model wants \[n, 4\]"):
+        check_inputs({"x": np.zeros((2, 3), np.float32)}, model, "given")

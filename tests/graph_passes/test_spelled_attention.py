@@ -172,6 +172,7 @@ def test_it_becomes_one_operator(workbench, options: dict[str, Any]) -> None:
     converted = workbench.convert(b.model(), attention="fast")
     (plan,) = converted.plan.attention
     assert plan.action is Action.CONVERTED, plan.text
+    assert not converted.plan.nodes  # its products are gone, not left alone
     (node,) = [node for node in converted.proto.graph.node if node.op_type != "Transpose"]
     assert node.op_type == "SparseAMXAttention"
     heads = {a.name: a.i for a in node.attribute}["kv_num_heads"]
