@@ -124,7 +124,7 @@ class ConvertOptions:
             except ValueError:
                 choices = ", ".join(kind)
                 what = name.replace("_", " ")
-                raise SparamxError(f"There is no {what} {getattr(self, name)!r}; there are {choices}.") from None
+                raise SparamxError(f"The {what} must be one of {choices}, not {getattr(self, name)!r}.") from None
         text: object = self.pattern
         if isinstance(text, str):
             object.__setattr__(self, "pattern", Pattern.parse(text))
@@ -177,7 +177,7 @@ class ConvertOptions:
                 object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE)
             if self.group_size not in GROUP_SIZES:
                 sizes = ", ".join(map(str, GROUP_SIZES))
-                raise SparamxError(f"There is no group size {self.group_size}; there are {sizes}.")
+                raise SparamxError(f"The group size must be one of {sizes}, not {self.group_size}.")
             if self.scale_type is None:
                 object.__setattr__(self, "scale_type", ScaleType.FP16)
             if self.scale_type is ScaleType.NONE:

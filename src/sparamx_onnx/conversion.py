@@ -158,8 +158,8 @@ def convert(
         weights=cast(WeightType | None, weights),
         group_size=group_size,
         scale_type=cast(ScaleType | None, scale_type),
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=cast(tuple[str, ...], include),
+        exclude=cast(tuple[str, ...], exclude),
         fuse_siblings=cast(FuseSiblings, fuse_siblings),
         attention=cast(AttentionMode, attention),
         k_sparsity=k_sparsity,
@@ -169,7 +169,10 @@ def convert(
     )
     destination = _destination(Path(model), None if output is None else Path(output))
     if isinstance(destination, FolderOutput) and options.attention is AttentionMode.PACKED:
-        raise SparamxError(f"{os.fspath(model)}: onnxruntime-genai has no packed caches; choose the attention fast")
+        raise SparamxError(
+            f"{os.fspath(model)}: onnxruntime-genai has no packed caches; choose the attention fast, "
+            "or name the .onnx file in it, for DecoderSession"
+        )
     loaded = load_model(model)
     if not dry_run:
         destination.check(loaded, force=force)

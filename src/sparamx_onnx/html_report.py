@@ -93,7 +93,7 @@ def _charts(plan: Plan) -> str:
         for share in shares:
             counts[min(int(share * _BINS + _HARDLY), _BINS - 1)] += 1
         bars = [
-            ([float(count)], f"{100 * index // _BINS} to {100 * (index + 1) // _BINS} %: {count} layers")
+            ([float(count)], f"{100 * index // _BINS} to {100 * (index + 1) // _BINS} %, layers: {count}")
             for index, count in enumerate(counts)
         ]
         labels = [f"{100 * index // _BINS} %" if index % 2 == 0 else "" for index in range(_BINS)]
@@ -157,7 +157,7 @@ def _packed(node: NodePlan) -> str:
 def _notes(node: NodePlan) -> str:
     notes = [node.text if node.action is Action.PACKED_DENSE else node.detail]
     if node.prune_note:
-        notes.append(f"Not pruned: {node.prune_note}")
+        notes.append(f"Not pruned: {node.prune_note[0].lower()}{node.prune_note[1:]}")
     if node.epilogue != "none":
         notes.append(f"With {node.epilogue}.")
     if node.fused:

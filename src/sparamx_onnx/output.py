@@ -262,5 +262,7 @@ def _recover_if_unlocked(folder: Path, output: Path) -> None:
 
 def write_error(output: Path, error: OSError) -> SparamxError:
     """The sentence for a failed write of ``output``."""
-    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+    # NumPy gives no number where the disk takes a part of an array only: "400 requested and 70 written".
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error))
+    reason = "the disk is full" if is_full else error.strerror or str(error)
     return SparamxError(f"{output}: cannot be written: {reason}")

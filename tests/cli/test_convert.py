@@ -175,7 +175,7 @@ def test_include_and_exclude(dense: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_conversion_can_take_what_the_first_one_left(dense: Path, tmp_path: Path, x: np.ndarray) -> None:
-    sparamx_onnx.convert(dense, tmp_path / "first.onnx", include=["^layer0"], weights="fp32")
+    sparamx_onnx.convert(dense, tmp_path / "first.onnx", include="^layer0", weights="fp32")
     result = sparamx_onnx.convert(tmp_path / "first.onnx", tmp_path / "second.onnx", weights="fp32")
     assert [node.reason.value for node in result.plan] == ["already_converted", "converted"]
     assert np.array_equal(

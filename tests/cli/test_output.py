@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 
 from sparamx_onnx.graph_passes.write import data_path
 from sparamx_onnx.ops.errors import SparamxError
-from sparamx_onnx.output import check_destination, commit, recover, staging
+from sparamx_onnx.output import check_destination, commit, recover, staging, write_error
 
 Tree = Callable[[Path], dict[str, bytes]]
 
@@ -302,3 +303,15 @@ def test_an_unwritable_folder_is_named() -> None:
     # /proc refuses new files to everyone, the superuser included.
     with pytest.raises(SparamxError, match=r"^/proc/out\.onnx: cannot be written"), staging(Path("/proc/out.onnx")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError("401408 requested and 72672 written"), "the disk is full"),  # what numpy.save raises
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    ],
+)
+def test_the_sentence_says_why_a_file_cannot_be_written(error: OSError, reason: str) -> None:
+    assert str(write_error(Path("out.onnx"), error)) == f"out.onnx: cannot be written: {reason}"
