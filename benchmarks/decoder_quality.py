@@ -22,7 +22,6 @@ import onnx
 import onnxruntime
 from documents import Cells
 from onnx import TensorProto, helper
-from quality import zeros
 
 import sparamx_onnx
 from sparamx_onnx.models import tinylm
@@ -137,7 +136,7 @@ def weights(dense: Path, folder: Path, arguments: argparse.Namespace, cases: Seq
         if case["method"] != "dense":
             options = {"calibration": inputs} if case["method"] in ("wanda", "sparsegpt") else {}
             path, result = convert(dense, folder, attention="fast", **case, **options)
-            row |= {"zeros": zeros(result), "bytes": result.bytes_after}
+            row |= {"zeros": result.plan.sparsity, "bytes": result.bytes_after}
         row["convert_cpu_seconds"] = time.process_time() - start
         logits = sparamx_onnx.DecoderSession(path, capacity=arguments.window).append(text[:, :-1])
         row["perplexity"] = float(np.exp(losses(logits, text[:, 1:]).mean()))

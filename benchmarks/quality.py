@@ -97,7 +97,7 @@ def measure(todo: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> It
             assert pruned.output is not None
             row = {
                 **case,
-                "zeros": zeros(pruned),
+                "zeros": pruned.plan.sparsity,
                 **judge(expected, embed(Path(pruned.output), test)),
                 "seconds": seconds,
             }
@@ -147,13 +147,6 @@ def nearest(embeddings: Embeddings) -> npt.NDArray[np.int64]:
     similarity = embeddings @ embeddings.T
     np.fill_diagonal(similarity, -np.inf)
     return np.argsort(-similarity, axis=1, kind="stable")[:, :NEIGHBOURS]
-
-
-def zeros(result: sparamx_onnx.ConversionResult) -> float:
-    """The share of zeros in the weights of all converted layers."""
-    layers = result.plan.converted
-    size = sum((layer.k or 0) * (layer.n or 0) for layer in layers)
-    return 1 - sum(layer.nnz or 0 for layer in layers) / size
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
@@ -179,15 +179,12 @@ class NodePlan:
     @property
     def sparsity(self) -> float | None:
         """The share of zeros in the packed weight, from 0 to 1; None while it is unknown."""
-        return self._share_of_zeros(self.nnz)
+        return _share_of_zeros([(self, self.nnz)])
 
     @property
     def sparsity_before(self) -> float | None:
         """The share of zeros in the weight of the input model, from 0 to 1; None while it is unknown."""
-        return self._share_of_zeros(self.nnz_before)
-
-    def _share_of_zeros(self, nnz: int | None) -> float | None:
-        return 1.0 - nnz / (self.k * self.n) if nnz is not None and self.k and self.n else None
+        return _share_of_zeros([(self, self.nnz_before)])
 
     @property
     def label(self) -> str:
@@ -300,6 +297,16 @@ class Plan:
         known = [size for size in sizes.values() if size is not None]
         return sum(known) if len(known) == len(sizes) else None
 
+    @property
+    def sparsity(self) -> float | None:
+        """The share of zeros in the packed weights of the converted nodes together; None while one is unknown."""
+        return _share_of_zeros([(node, node.nnz) for node in self.converted])
+
+    @property
+    def sparsity_before(self) -> float | None:
+        """The share of zeros in the weights of the converted nodes in the input model, likewise."""
+        return _share_of_zeros([(node, node.nnz_before) for node in self.converted])
+
     def to_json(self) -> dict[str, object]:
         """The whole plan as JSON values (for ``json.dumps``)."""
         return {
@@ -316,3 +323,14 @@ class Plan:
             "nodes": [node.to_json() for node in self.nodes],
             "attention": [node.to_json() for node in self.attention],
         }
+
+
+def _share_of_zeros(weights: Iterable[tuple[NodePlan, int | None]]) -> float | None:
+    """The share of zeros in weights together, each with its number of non-zeros; None where one is unknown."""
+    total = nonzero = 0
+    for node, nnz in weights:
+        if node.k is None or node.n is None or nnz is None:
+            return None
+        total += node.k * node.n
+        nonzero += nnz
+    return 1.0 - nonzero / total if total else None

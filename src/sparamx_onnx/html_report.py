@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -51,13 +51,12 @@ def _verdict(result: ConversionResult) -> str:
 
 def _summary(result: ConversionResult) -> str:
     plan = result.plan
-    done = plan.converted
     already = len(plan.already_converted)
     rows = [
         ("Files", size(result.bytes_before), size(result.bytes_after)),
         ("Weights of the converted layers", size(plan.bytes_before), size(plan.bytes_after)),
-        ("Zeros in them", percent(_share(done, "nnz_before")), percent(_share(done, "nnz"))),
-        ("Linear layers that are sparse operators", str(already), str(already + len(done))),
+        ("Zeros in them", percent(plan.sparsity_before), percent(plan.sparsity)),
+        ("Linear layers that are sparse operators", str(already), str(already + len(plan.converted))),
         ("Matrix products left alone", "", str(len(plan.unconverted))),
     ]
     if plan.attention:
@@ -66,18 +65,6 @@ def _summary(result: ConversionResult) -> str:
         [text_cell(name), Cell(escape(before), 0, True), Cell(escape(after), 0, True)] for name, before, after in rows
     ]
     return "<h2>The model</h2>" + table(["", "before", "after"], body)
-
-
-def _share(nodes: Iterable[NodePlan], name: str) -> float | None:
-    """The share of zeros in all weights together, by a count of non-zeros; None where one is unknown."""
-    total = nonzero = 0
-    for node in nodes:
-        count: int | None = getattr(node, name)
-        if count is None or node.k is None or node.n is None:
-            return None
-        total += node.k * node.n
-        nonzero += count
-    return 1 - nonzero / total if total else None
 
 
 # --- Charts -----------------------------------------------------------------------------------------------------------

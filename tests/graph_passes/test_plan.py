@@ -28,7 +28,8 @@ def test_figures_that_are_unknown() -> None:
     plans = Plan([plan])
     assert (plans.bytes_before, plans.bytes_after) == (100, None)
     plan.k, plan.n, plan.nnz, plan.bytes_after = 10, 10, 25, 70
-    assert plan.sparsity == 0.75
+    assert plan.sparsity == plans.sparsity == 0.75
+    assert plan.sparsity_before is plans.sparsity_before is Plan().sparsity is None
     assert plans.bytes_after == 70
     assert Plan().to_json()["summary"] == {
         "nodes": 0,
