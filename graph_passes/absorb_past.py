@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sparamx_onnx.graph_passes.products import int_attribute
+from sparamx_onnx.graph_passes.attributes import int_attribute
 from sparamx_onnx.graph_passes.repeated_heads import RANK_BY_HEAD, known_shape
 
 _TOKENS_AXIS = 2  # of [batch, heads, tokens, size]

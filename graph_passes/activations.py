@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attributes import float_attribute, string_attribute
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, NotConstant
 from sparamx_onnx.ops.definitions import Epilogue
 from sparamx_onnx.ops.reference import apply_epilogue
@@ -145,22 +146,15 @@ def _sigmoid(x: _Samples) -> _Samples:
 
 
 def _gelu(node: ir.Node, operands: list[_Samples]) -> _Samples | None:
-    if len(operands) != 1:
-        return None
-    attribute = node.attributes.get("approximate")
-    match "none" if attribute is None else attribute.as_string():
-        case "none":
-            return apply_epilogue(operands[0], "gelu")
-        case "tanh":
-            return apply_epilogue(operands[0], "gelu_tanh")
-    return None
+    forms = {"none": Epilogue.GELU, "tanh": Epilogue.GELU_TANH}
+    form = forms.get(string_attribute(node, "approximate", "none"))
+    return None if form is None else _as(form)(node, operands)
 
 
 def _swish(default_alpha: float) -> _Function:
     def function(node: ir.Node, operands: list[_Samples]) -> _Samples | None:
-        attribute = node.attributes.get("alpha")
-        alpha = default_alpha if attribute is None else attribute.as_float()
-        return operands[0] * _sigmoid(alpha * operands[0]) if len(operands) == 1 else None
+        alpha = float_attribute(node, "alpha", default_alpha)
+        return _unary(lambda x: x * _sigmoid(alpha * x))(node, operands)
 
     return function
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attributes import int_attribute, string_attribute
 from sparamx_onnx.graph_passes.products import MICROSOFT
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_ATTENTION
 
@@ -21,14 +22,14 @@ def inputs_by_role(node: ir.Node) -> dict[str, ir.Value]:
     if (node.domain, node.op_type) == (MICROSOFT, "GroupQueryAttention"):
         roles = _GROUP_QUERY_ROLES
     elif (node.domain, node.op_type) == (DOMAIN, SPARSE_AMX_ATTENTION.name):
-        roles = ("query", *node.attributes["roles"].as_string().split(","))
+        roles = ("query", *string_attribute(node, "roles", "").split(","))
     return {role: value for role, value in zip(roles, node.inputs, strict=False) if value is not None}
 
 
 def key_size(node: ir.Node) -> int | None:
     """Numbers of a key, by the last dimension of the query; None where the graph does not tell it."""
     inputs = inputs_by_role(node)
-    extra = 0 if "key" in inputs or "kv_num_heads" not in node.attributes else node.attributes["kv_num_heads"].as_int()
+    extra = 0 if "key" in inputs else int_attribute(node, "kv_num_heads", 0)
     return _size_of_head(node, inputs.get("query"), 2 * extra)
 
 
@@ -44,7 +45,7 @@ def last_dimension(value: ir.Value | None) -> int | None:
 
 
 def _size_of_head(node: ir.Node, value: ir.Value | None, more_heads: int) -> int | None:
-    width, heads = last_dimension(value), node.attributes.get("num_heads")
+    width, heads = last_dimension(value), int_attribute(node, "num_heads", None)
     if value is None or value.shape is None or width is None or heads is None:
         return None
-    return width // max(1, heads.as_int() + more_heads) if len(value.shape) == _SIDE_BY_SIDE else width
+    return width // max(1, heads + more_heads) if len(value.shape) == _SIDE_BY_SIDE else width

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.attention_plan import AttentionReason
+from sparamx_onnx.graph_passes.attributes import MalformedAttributeError, float_attribute, int_attribute
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConstant
 from sparamx_onnx.graph_passes.products import MICROSOFT
 from sparamx_onnx.graph_passes.repeated_heads import RANK_BY_HEAD, without_repeats
@@ -112,7 +113,10 @@ def read_operator(node: ir.Node, folder: ConstantFolder) -> Replacement | Refusa
     reader = readers.get((node.domain, node.op_type))
     if reader is None:
         return None
-    return _common_refusal(node) or reader(node)
+    try:
+        return _common_refusal(node) or reader(node)
+    except MalformedAttributeError as error:
+        return Refusal(AttentionReason.MALFORMED_NODE, str(error))
 
 
 def _common_refusal(node: ir.Node) -> Refusal | None:
@@ -124,9 +128,6 @@ def _common_refusal(node: ir.Node) -> Refusal | None:
         return Refusal(AttentionReason.UNSUPPORTED_OUTPUT, f"It is {node.outputs[_MOST_OUTPUTS].name}.")
     if len(named) > 1 and named[1] != (len(named) > _MOST_OUTPUTS - 1 and named[2]):
         return Refusal(AttentionReason.UNSUPPORTED_OUTPUT, "It has one of present_key and present_value only.")
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            return Refusal(AttentionReason.UNSUPPORTED_ATTRIBUTES, f"It is {attribute.name}, of a function.")
     return None
 
 
@@ -156,16 +157,6 @@ def _missing_half(inputs: Mapping[str, ir.Value], *pairs: tuple[str, str]) -> Re
     return None
 
 
-def _int(node: ir.Node, name: str, absent: int = 0) -> int:
-    attribute = node.attributes.get(name)
-    return attribute.as_int() if attribute is not None and attribute.type == ir.AttributeType.INT else absent
-
-
-def _float(node: ir.Node, name: str) -> float | None:
-    attribute = node.attributes.get(name)
-    return attribute.as_float() if attribute is not None and attribute.type == ir.AttributeType.FLOAT else None
-
-
 def _read_group_query(node: ir.Node) -> Replacement | Refusal:
     for role, value in zip(_GROUP_QUERY_REFUSED, node.inputs[len(_GROUP_QUERY_INPUTS) :], strict=False):
         if value is not None and value.name:
@@ -180,13 +171,13 @@ def _read_group_query(node: ir.Node) -> Replacement | Refusal:
             return Refusal(AttentionReason.UNSUPPORTED_ATTRIBUTES, f"It has {attribute.name} = {attribute.value}.")
         if fixed is None and attribute.name not in _GROUP_QUERY_IGNORED | _GROUP_QUERY_KEPT:
             return Refusal(AttentionReason.UNSUPPORTED_ATTRIBUTES, f"It is {attribute.name}.")
-    window = node.attributes.get("local_window_size")
-    if window is not None and (window.as_int() == 0 or window.as_int() < -1):
-        return Refusal(AttentionReason.UNSUPPORTED_ATTRIBUTES, f"It has local_window_size = {window.as_int()}.")
-    heads, kv_heads = _int(node, "num_heads"), _int(node, "kv_num_heads")
+    window = int_attribute(node, "local_window_size", -1)
+    if window == 0 or window < -1:
+        return Refusal(AttentionReason.UNSUPPORTED_ATTRIBUTES, f"It has local_window_size = {window}.")
+    heads, kv_heads = int_attribute(node, "num_heads", 0), int_attribute(node, "kv_num_heads", 0)
     if heads < 1 or kv_heads < 1 or heads % kv_heads or not {"seqlens_k", "total_sequence_length"} <= inputs.keys():
         return Refusal(AttentionReason.MALFORMED_NODE)
-    rotates = bool(_int(node, "do_rotary"))
+    rotates = bool(int_attribute(node, "do_rotary", 0))
     if rotates and not {"cos_cache", "sin_cache"} <= inputs.keys():
         return Refusal(AttentionReason.MALFORMED_NODE, "It rotates without cos_cache and sin_cache.")
     kept = {role: value for role, value in inputs.items() if rotates or role not in _ROTARY}
@@ -214,7 +205,7 @@ def _read_multi_head(node: ir.Node, folder: ConstantFolder) -> Replacement | Ref
         if attribute.name not in _MULTI_HEAD_KEPT | {"unidirectional"}:
             return Refusal(AttentionReason.UNSUPPORTED_ATTRIBUTES, f"It is {attribute.name}.")
     inputs = _inputs_by_role(node, _MULTI_HEAD_INPUTS)
-    heads, causal = _int(node, "num_heads"), _int(node, "unidirectional") != 0
+    heads, causal = int_attribute(node, "num_heads", 0), int_attribute(node, "unidirectional", 0) != 0
     if heads < 1 or ("value" in inputs and "key" not in inputs):
         return Refusal(AttentionReason.MALFORMED_NODE)
     refusal = (
@@ -292,7 +283,7 @@ def _equally_many_tokens(query: ir.Value, key: ir.Value) -> bool:
 def _tokens_of(value: ir.Value) -> ir.Value:
     """The value behind linear layers and splits of their outputs, whose tokens are the same."""
     while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None:
-        is_split = (node.domain, node.op_type) == ("", "Split") and _int(node, "axis") in (2, -1)
+        is_split = (node.domain, node.op_type) == ("", "Split") and int_attribute(node, "axis", 0) in (2, -1)
         is_product = (node.domain, node.op_type) == (DOMAIN, SPARSE_AMX_MATMUL.name) or (
             (node.domain, node.op_type) == ("", "MatMul")
             and _is_constant(node.inputs[-1])
@@ -319,9 +310,10 @@ def _read_standard(node: ir.Node) -> Replacement | Refusal:
     refusal = _wrong_type(inputs) or _missing_half(inputs, ("past_key", "past_value")) or _wrong_cache(node, inputs)
     if refusal is not None:
         return refusal
-    causal, scale, softcap = _int(node, "is_causal") != 0, _float(node, "scale"), _float(node, "softcap") or 0.0
-    left, right = _int(node, "left_window_size", -1), _int(node, "right_window_size", -1)
-    precision = _int(node, "softmax_precision", ir.DataType.FLOAT)
+    causal = int_attribute(node, "is_causal", 0) != 0
+    scale, softcap = float_attribute(node, "scale", None), float_attribute(node, "softcap", 0.0)
+    left, right = int_attribute(node, "left_window_size", -1), int_attribute(node, "right_window_size", -1)
+    precision = int_attribute(node, "softmax_precision", ir.DataType.FLOAT)
     for name, wrong in {
         "softmax_precision": precision != ir.DataType.FLOAT,
         "scale": scale == 0,
@@ -365,4 +357,4 @@ def _heads_of(node: ir.Node, attribute: str, value: ir.Value) -> int | None:
     if _rank(value) == RANK_BY_HEAD:
         heads = _length(value, _HEADS_AXIS)
         return heads if isinstance(heads, int) else None
-    return _int(node, attribute) if attribute in node.attributes else None
+    return int_attribute(node, attribute, None)

@@ -141,7 +141,8 @@ def layers_of(group: LayerGroup) -> list[Layer]:
 
 def _packed_weights(node: ir.Node) -> tuple[PackedWeight, ...]:
     """The weights of a sparse operator, one for each of its outputs."""
-    value = node.inputs[1] if (node.domain, node.op_type) == (DOMAIN, SPARSE_AMX_MATMUL.name) else None
+    is_ours = (node.domain, node.op_type) == (DOMAIN, SPARSE_AMX_MATMUL.name) and len(node.inputs) > 1
+    value = node.inputs[1] if is_ours else None
     packed = None if value is None else value.const_value
     if isinstance(packed, PackedSiblings):
         return packed.parts
@@ -345,12 +346,8 @@ def _reads(node: ir.Node, graph: ir.Graph) -> list[ir.Value]:
     """The values of a graph that a node reads, itself or in its bodies."""
     values = [value for value in node.inputs if value is not None]
     for attribute in node.attributes.values():
-        bodies: Sequence[ir.Graph] = ()
         if attribute.type == ir.AttributeType.GRAPH:
-            bodies = (attribute.as_graph(),)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies = attribute.as_graphs()
-        for body in bodies:
+            body = attribute.as_graph()
             values.extend(value for inner in body for value in _reads(inner, graph))
             values.extend(body.outputs)
     return list(dict.fromkeys(value for value in values if value.graph is graph))

@@ -93,11 +93,6 @@ class Dequantized:
     low: int
     high: int
 
-    @property
-    def single(self) -> bool:
-        """Whether one scale serves all codes."""
-        return all(size == 1 for size in self.scale.shape) and not self.block
-
     def apply(self, array: Array) -> Array:
         """The values, in the type of the scales."""
         return self.values(array).astype(_RESULTS[self.scale.dtype], copy=False)

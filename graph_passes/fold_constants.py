@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attributes import int_attribute, ints_attribute
 from sparamx_onnx.graph_passes.dequantize import CODE_BITS, Dequantized, Reshaped, Unpacked
 from sparamx_onnx.graph_passes.mapped import read_tensor
 from sparamx_onnx.graph_passes.plan import Reason
@@ -159,7 +160,7 @@ class ConstantFolder:
     Rules:
 
     1. An initializer is a constant, unless it is also a graph input (from IR version 4 on a caller may replace it).
-    2. The output of a Constant node that holds a tensor or float values is a constant.
+    2. The output of a Constant node that holds a tensor or numbers is a constant.
     3. Identity of a constant is that constant.
     4. Transpose of a constant is a constant: its permutation is recorded, no data is moved.
     5. Cast of a floating-point constant to a floating-point type is a constant: the conversion is recorded.
@@ -216,14 +217,12 @@ class ConstantFolder:
             return NotConstant(Reason.QUANTIZED_WEIGHT, f"The scales of '{node.name}' are computed at run time.")
         if scale is None:
             return NotConstant(Reason.MALFORMED_NODE, f"The node '{node.name}' has no scales.")
-        axis = node.attributes.get("axis")
-        block = node.attributes.get("block_size")
         return dequantized(
             codes,
             scale,
             zero,
-            axis=1 if axis is None else axis.as_int(),
-            block=0 if block is None else block.as_int(),
+            axis=int_attribute(node, "axis", 1),
+            block=int_attribute(node, "block_size", 0),
             what=f"the {node.op_type} node '{node.name}'",
         )
 
@@ -336,8 +335,7 @@ def _is_initialized(value: ir.Value) -> bool:
 
 def _fold_transpose(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotConstant:
     rank = len(inner.shape)
-    attribute = node.attributes.get("perm")
-    permutation = tuple(reversed(range(rank))) if attribute is None else tuple(attribute.as_ints())
+    permutation = ints_attribute(node, "perm", tuple(reversed(range(rank))))
     if sorted(permutation) != list(range(rank)):
         return NotConstant(
             Reason.MALFORMED_NODE,
@@ -352,10 +350,8 @@ def _fold_identity(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | Not
 
 
 def _fold_cast(node: ir.Node, inner: FoldedConstant) -> FoldedConstant | NotConstant:
-    attribute = node.attributes.get("to")
-    target = None
-    if attribute is not None and attribute.as_int() in ir.DataType.__members__.values():
-        target = ir.DataType(attribute.as_int())
+    to = int_attribute(node, "to", ir.DataType.UNDEFINED)
+    target = ir.DataType(to) if to in ir.DataType.__members__.values() else None
     if target == inner.dtype:
         return inner
     if target is None or target not in _FLOATS or inner.dtype not in _FLOATS:
@@ -379,21 +375,15 @@ def _root(value: ir.Value, tensor: ir.TensorProtocol) -> FoldedConstant:
 
 
 def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
-    """The tensor of a Constant node; None where it holds integers, strings or a sparse tensor."""
+    """The tensor of a Constant node; None where it holds strings or a sparse tensor."""
     if len(node.attributes) != 1 or len(node.outputs) != 1:
         return None
-    name, attribute = next(iter(node.attributes.items()))
-    if attribute.is_ref():
-        return None
-    match name:
-        case "value":
+    [attribute] = node.attributes.values()
+    match attribute.type:
+        case ir.AttributeType.TENSOR:
             return attribute.as_tensor()
-        case "value_float":
-            return ir.Tensor(np.array(attribute.as_float(), np.float32))
-        case "value_floats":
-            return ir.Tensor(np.array(attribute.as_floats(), np.float32))
-        case "value_int":
-            return ir.Tensor(np.array(attribute.as_int(), np.int64))
-        case "value_ints":
-            return ir.Tensor(np.array(attribute.as_ints(), np.int64))
+        case ir.AttributeType.FLOAT | ir.AttributeType.FLOATS:
+            return ir.Tensor(np.array(attribute.value, np.float32))
+        case ir.AttributeType.INT | ir.AttributeType.INTS:
+            return ir.Tensor(np.array(attribute.value, np.int64))
     return None

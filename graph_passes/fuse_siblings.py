@@ -95,7 +95,7 @@ class FuseSiblingsPass(ir.passes.InPlacePass):
         for place, node in enumerate(ir.traversal.RecursiveGraphIterator(model.graph)):
             if (node.domain, node.op_type) != (DOMAIN, SPARSE_AMX_MATMUL.name) or len(node.outputs) != 1:
                 continue
-            packed = node.inputs[1]
+            packed = node.inputs[1] if len(node.inputs) > 1 else None
             if packed is None or not isinstance(packed.const_value, PackedWeight):
                 continue
             chosen = layers[packed.name]

@@ -68,10 +68,9 @@ def kept_codes(weight: FoldedConstant, scale: float = 1.0) -> KeptCodes | NotCon
     Raises:
         SparamxError: A tensor cannot be read.
     """
-    split = _split_or_none(weight)
-    if split is None or len(weight.shape) != 2:
-        return NotConstant(Reason.QUANTIZED_WEIGHT, "It is changed after it has been dequantized.")
-    prefix, step, turned = split
+    if any(isinstance(later, Converted) and later.dtype != ir.DataType.FLOAT for later in weight.steps):
+        return NotConstant(Reason.QUANTIZED_WEIGHT, "It is rounded after it has been dequantized.")
+    prefix, step, turned = _split(weight)
     scales = _scales_along_k(step, turned)
     if scales is None:
         return NotConstant(Reason.QUANTIZED_WEIGHT, "Its scales differ along the inputs of each output.")
@@ -95,30 +94,13 @@ def kept_codes(weight: FoldedConstant, scale: float = 1.0) -> KeptCodes | NotCon
     return NotConstant(Reason.QUANTIZED_WEIGHT, f"Its codes go from {low} to {high} around their zero.")
 
 
-def _split_or_none(weight: FoldedConstant) -> tuple[FoldedConstant, Dequantized, bool] | None:
-    """The codes, their dequantization, and whether the result is transposed; None where more is done to it."""
-    where = [index for index, step in enumerate(weight.steps) if isinstance(step, Dequantized)]
-    if len(where) != 1:
-        return None
-    index = where[0]
-    step = weight.steps[index]
-    assert isinstance(step, Dequantized)
-    turned = False
-    for later in weight.steps[index + 1 :]:
-        if isinstance(later, Transposed):
-            turned = not turned  # of two dimensions, and merged: it is the one that swaps them
-        elif not isinstance(later, Converted) or later.dtype != ir.DataType.FLOAT:
-            return None
-    if len(step.shape) != 2:
-        return None
+def _split(weight: FoldedConstant) -> tuple[FoldedConstant, Dequantized, bool]:
+    """The codes, their dequantization, and whether the result is transposed."""
+    [(index, step)] = [(i, step) for i, step in enumerate(weight.steps) if isinstance(step, Dequantized)]
+    # Of two dimensions, and merged: it is the one that swaps them.
+    turned = any(isinstance(later, Transposed) for later in weight.steps[index + 1 :])
     prefix = FoldedConstant(weight.root, weight.tensor, weight.steps[:index], step.shape, weight.tensor.dtype)
     return prefix, step, turned
-
-
-def _split(weight: FoldedConstant) -> tuple[FoldedConstant, Dequantized, bool]:
-    split = _split_or_none(weight)
-    assert split is not None
-    return split
 
 
 def _scales_along_k(step: Dequantized, turned: bool) -> Floats | None:

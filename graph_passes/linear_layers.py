@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.activations import find_activation
+from sparamx_onnx.graph_passes.attributes import MalformedAttributeError, string_attribute
 from sparamx_onnx.graph_passes.dequantize import CODE_BITS
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConstant, NotConstant
 from sparamx_onnx.graph_passes.packed_attention import read_attention
@@ -107,16 +108,16 @@ _READERS: Mapping[tuple[str, str], Reader] = {
     (MICROSOFT, "Attention"): read_attention,
 }
 
-# Others that may hold a weight, and the inputs where it is. They are only reported.
-_RELATIVES: Mapping[tuple[str, str], tuple[int, ...]] = {
-    (MICROSOFT, "GemmFastGelu"): (1,),
-    (MICROSOFT, "GemmFloat8"): (1,),
-    (MICROSOFT, "MatMulBnb4"): (1,),
-    (MICROSOFT, "MatMulFpQ4"): (1,),
-    (MICROSOFT, "MatMulInteger16"): (1,),
-    (MICROSOFT, "MoE"): (2,),
-    (MICROSOFT, "QAttention"): (1,),
-    (MICROSOFT, "QMoE"): (2,),
+# Others that may hold a weight, and the input where it is. They are only reported.
+_RELATIVES: Mapping[tuple[str, str], int] = {
+    (MICROSOFT, "GemmFastGelu"): 1,
+    (MICROSOFT, "GemmFloat8"): 1,
+    (MICROSOFT, "MatMulBnb4"): 1,
+    (MICROSOFT, "MatMulFpQ4"): 1,
+    (MICROSOFT, "MatMulInteger16"): 1,
+    (MICROSOFT, "MoE"): 2,
+    (MICROSOFT, "QAttention"): 1,
+    (MICROSOFT, "QMoE"): 2,
 }
 
 _QUANTIZED_RELATIVES = frozenset({"GemmFloat8", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger16", "QAttention", "QMoE"})
@@ -168,40 +169,35 @@ class LinearLayerFinder:
             for attribute in node.attributes.values():
                 if attribute.type == ir.AttributeType.GRAPH:
                     yield from self._find_in(attribute.as_graph(), node.name)
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    for body in attribute.as_graphs():
-                        yield from self._find_in(body, node.name)
 
     def _examine(self, node: ir.Node) -> Found | None:
-        if node.domain == DOMAIN and node.op_type == SPARSE_AMX_MATMUL.name:
-            return Found(node, self._describe_converted(node))
-        reader = _READERS.get((node.domain, node.op_type))
-        if reader is not None:
-            try:
-                product = reader(node, self._folder)
+        operator = (node.domain, node.op_type)
+        try:
+            if operator == (DOMAIN, SPARSE_AMX_MATMUL.name):
+                return Found(node, self._describe_converted(node))
+            if operator in _READERS:
+                product = _READERS[operator](node, self._folder)
                 return None if product is None else self._judge(node, product)
-            except TypeError as error:  # an attribute, here or of a node around, of another type than the operator's
-                return self._judge(node, Refusal(Reason.MALFORMED_NODE, f"{error}."))
-        inputs = _RELATIVES.get((node.domain, node.op_type))
-        if inputs is None:
+            return self._describe_relative(node) if operator in _RELATIVES else None
+        except MalformedAttributeError as error:  # of this node, or of one around it
+            return self._judge(node, Refusal(Reason.MALFORMED_NODE, str(error)))
+
+    def _describe_relative(self, node: ir.Node) -> Found | None:
+        index = _RELATIVES[node.domain, node.op_type]
+        weight = node.inputs[index] if index < len(node.inputs) else None
+        folded = None if weight is None else self._folder.fold(weight)
+        if not isinstance(folded, FoldedConstant):
             return None
-        for index in inputs:
-            weight = node.inputs[index] if index < len(node.inputs) else None
-            folded = None if weight is None else self._folder.fold(weight)
-            if isinstance(folded, FoldedConstant) and len(folded.shape) >= 2:
-                quantized = node.op_type in _QUANTIZED_RELATIVES
-                plan = _left_alone(node, Reason.QUANTIZED_WEIGHT if quantized else Reason.UNSUPPORTED_OPERATOR)
-                plan.weight = folded.name
-                plan.bytes_before = folded.nbytes
-                return Found(node, plan)
-        return None
+        quantized = node.op_type in _QUANTIZED_RELATIVES
+        plan = _left_alone(node, Reason.QUANTIZED_WEIGHT if quantized else Reason.UNSUPPORTED_OPERATOR)
+        plan.weight = folded.name
+        plan.bytes_before = folded.nbytes
+        return Found(node, plan)
 
     def _describe_converted(self, node: ir.Node) -> NodePlan:
         plan = _left_alone(node, Reason.ALREADY_CONVERTED)
         plan.bias = len(node.inputs) > 2
-        epilogue = node.attributes.get("epilogue")
-        if epilogue is not None:
-            plan.epilogue = epilogue.as_string()
+        plan.epilogue = string_attribute(node, "epilogue", plan.epilogue)
         weight = node.inputs[1] if len(node.inputs) > 1 else None
         folded = NotConstant(Reason.WEIGHT_NOT_CONSTANT) if weight is None else self._folder.fold(weight)
         if isinstance(folded, NotConstant):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attributes import int_attribute, ints_attribute
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder
 from sparamx_onnx.graph_passes.plan import Reason
 from sparamx_onnx.graph_passes.products import (
@@ -15,7 +16,6 @@ from sparamx_onnx.graph_passes.products import (
     Product,
     Refusal,
     constant_vector,
-    int_attribute,
     read_operands,
 )
 
@@ -45,10 +45,9 @@ def read_attention(node: ir.Node, folder: ConstantFolder) -> Product | Refusal |
     if len(weight.shape) != 2:
         return Product((node,), x, weight, output=node.outputs[0])
     n = weight.shape[1]
-    sizes_attribute = node.attributes.get("qkv_hidden_sizes")
-    sizes = [n // 3] * 3 if sizes_attribute is None else list(sizes_attribute.as_ints())
+    sizes = ints_attribute(node, "qkv_hidden_sizes", (n // 3,) * 3)
     if len(sizes) != 3 or sum(sizes) != n or sizes[0] != sizes[1]:
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, f"Its weight has {n} columns for {sizes}.", weight)
+        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, f"Its weight has {n} columns for {list(sizes)}.", weight)
     bias = None
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         constant = constant_vector(node.inputs[2], n, folder, rank=1)

@@ -68,6 +68,10 @@ class PackedTensor(ir.LazyTensor, abc.ABC):
     def _as_tensor(self) -> ir.TensorProtocol:
         return ir.Tensor(self.pack(), name=self.name)
 
+    def __repr__(self) -> str:  # onnx_ir's own shows the shape, for which the weights would be packed
+        names = ", ".join(source.name for source in self.sources)
+        return f"{type(self).__name__}({self.name!r} of {names})"
+
 
 class PackedWeight(PackedTensor):
     """The blob of one weight.
@@ -164,9 +168,6 @@ class PackedWeight(PackedTensor):
     def _scales(self) -> npt.NDArray[np.float32] | None:
         return None if self._codes is None else self._codes.scales() * np.float32(self._scale)
 
-    def __repr__(self) -> str:
-        return f"PackedWeight(name={self.name!r}, weight={self.weight.name!r}, k_n={self.weight.shape})"
-
 
 class PackedSiblings(PackedTensor):
     """The blob of several weights side by side: [K, N of all].
@@ -205,9 +206,6 @@ class PackedSiblings(PackedTensor):
 
     def _compute_size(self) -> int:
         return self.pack().size
-
-    def __repr__(self) -> str:
-        return f"PackedSiblings(name={self.name!r}, parts={self.parts!r})"
 
 
 @np.errstate(all="ignore")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attributes import float_attribute, int_attribute, string_attribute
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConstant, NotConstant
 from sparamx_onnx.graph_passes.plan import Reason
 
@@ -135,24 +136,6 @@ def only_user(value: ir.Value) -> ir.Node | None:
     return use.node if use.node.graph is value.graph else None
 
 
-def int_attribute(node: ir.Node, name: str, default: int) -> int:
-    """An attribute of integer type."""
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()
-
-
-def float_attribute(node: ir.Node, name: str, default: float) -> float:
-    """An attribute of floating-point type."""
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_float()
-
-
-def string_attribute(node: ir.Node, name: str, default: str) -> str:
-    """An attribute of string type."""
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_string()
-
-
 def _read_matmul(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
     operands = read_operands(node, folder)
     if isinstance(operands, Refusal):
@@ -252,9 +235,9 @@ def _read_fused_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal
     if parameters is None:
         return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, f"Its activation is {name}.", product.weight)
     attributes = [
-        ir.AttrFloat32(new, node.attributes[old].as_float())
+        ir.AttrFloat32(new, value)
         for old, new in parameters.items()
-        if old in node.attributes
+        if (value := float_attribute(node, old, None)) is not None
     ]
 
     add = product.after
@@ -303,8 +286,8 @@ def _read_einsum(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | N
 Reader = Callable[[ir.Node, ConstantFolder], Product | Refusal | None]
 """Reads a node: the product that it computes, or why it is none that can be packed; None where it holds no weight.
 
-The shapes of x and W need not fit, and W may have any number of dimensions: that is looked at later. Raises TypeError
-for an attribute of another type than the operator's.
+The shapes of x and W need not fit, and W may have any number of dimensions: that is looked at later. Raises
+MalformedAttributeError for an attribute of another type than the operator's.
 """
 
 FLOAT_READERS: Mapping[tuple[str, str], Reader] = {

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from sparamx_onnx.graph_passes.attributes import float_attribute, int_attribute
 from sparamx_onnx.graph_passes.dequantize import Reshaped, Unpacked
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConstant, NotConstant, dequantized
 from sparamx_onnx.graph_passes.plan import Reason
@@ -20,8 +21,6 @@ from sparamx_onnx.graph_passes.products import (
     Reader,
     Refusal,
     constant_vector,
-    float_attribute,
-    int_attribute,
     only_user,
 )
 
@@ -29,6 +28,14 @@ from sparamx_onnx.graph_passes.products import (
 _MOVERS = frozenset(
     {"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
+
+
+class _RefusedError(Exception):
+    """Why an operator is no product that can be packed; an exception, as it comes from deep in what is read of it."""
+
+    def __init__(self, reason: Reason, detail: str = "", weight: FoldedConstant | None = None) -> None:
+        super().__init__(detail)
+        self.refusal = Refusal(reason, detail, weight)
 
 
 def has_static_scale(x: ir.Value) -> bool:
@@ -55,7 +62,7 @@ def _constant(value: ir.Value | None, folder: ConstantFolder) -> FoldedConstant 
     return folded if isinstance(folded, FoldedConstant) else None
 
 
-def _codes(node: ir.Node, index: int, folder: ConstantFolder) -> FoldedConstant | Refusal | None:
+def _codes(node: ir.Node, index: int, folder: ConstantFolder) -> FoldedConstant | None:
     """The constant codes of a weight; None where it is no constant matrix, and so no weight."""
     value = _input(node, index)
     folded = None if value is None else folder.fold(value)
@@ -63,7 +70,7 @@ def _codes(node: ir.Node, index: int, folder: ConstantFolder) -> FoldedConstant 
         return folded if len(folded.shape) >= 2 else None
     if folded is None or folded.reason is Reason.TWO_ACTIVATIONS:
         return None
-    return Refusal(folded.reason, folded.detail)
+    raise _RefusedError(folded.reason, folded.detail)
 
 
 def _weight(
@@ -72,19 +79,29 @@ def _weight(
     scale: FoldedConstant | None,
     zero: ir.Value | None,
     folder: ConstantFolder,
-) -> FoldedConstant | Refusal:
+) -> FoldedConstant:
     """The weight [K, N] whose columns may have scales of their own."""
-    if len(codes.shape) != 2:
-        return Refusal(Reason.WEIGHT_NOT_2D, f"Its shape is {list(codes.shape)}.", codes)
+    n = _columns(codes)
     zero_point = _constant(zero, folder)
     if scale is None or (zero is not None and zero_point is None):
-        return Refusal(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
-    n = codes.shape[1]
+        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
     weight = dequantized(
         codes, _flat(scale, n), None if zero_point is None else _flat(zero_point, n), axis=1, block=0,
         what=f"the {node.op_type} node '{node.name}'",
     )  # fmt: skip
-    return Refusal(weight.reason, weight.detail, codes) if isinstance(weight, NotConstant) else weight
+    return _understood(weight, codes)
+
+
+def _columns(codes: FoldedConstant) -> int:
+    if len(codes.shape) != 2:
+        raise _RefusedError(Reason.WEIGHT_NOT_2D, f"Its shape is {list(codes.shape)}.", codes)
+    return codes.shape[1]
+
+
+def _understood(weight: FoldedConstant | NotConstant, codes: FoldedConstant) -> FoldedConstant:
+    if isinstance(weight, NotConstant):
+        raise _RefusedError(weight.reason, weight.detail, codes)
+    return weight
 
 
 def _flat(constant: FoldedConstant, n: int) -> FoldedConstant:
@@ -149,96 +166,86 @@ def _dynamic_source(codes: ir.Value | None, scale: ir.Value | None, zero: ir.Val
 # --- com.microsoft operators that take and give floats ----------------------------------------------------------------
 
 
-def _read_matmul_nbits(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
+def _read_matmul_nbits(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product:
     """MatMulNBits: x [.., K], codes [N, blocks, bytes], scales [N, blocks], zero points of as many bits, bias [N]."""
     k, n, bits = (int_attribute(node, name, default) for name, default in (("K", 0), ("N", 0), ("bits", 4)))
     block = int_attribute(node, "block_size", 0)
     x, scales, zeros = _input(node, 0), _constant(_input(node, 2), folder), _input(node, 3)
     if x is None or k <= 0 or n <= 0 or block <= 0:
-        return Refusal(Reason.MALFORMED_NODE, "An input or one of K, N and block_size is missing.", codes)
+        raise _RefusedError(Reason.MALFORMED_NODE, "An input or one of K, N and block_size is missing.", codes)
     if bits not in (2, 4, 8):
-        return Refusal(Reason.QUANTIZED_WEIGHT, f"Its codes have {bits} bits.", codes)
+        raise _RefusedError(Reason.QUANTIZED_WEIGHT, f"Its codes have {bits} bits.", codes)
     if _input(node, 4) is not None or int_attribute(node, "weight_prepacked", 0):
-        return Refusal(
+        raise _RefusedError(
             Reason.QUANTIZED_WEIGHT, "Its inputs are in another order (g_idx, or packed for a device).", codes
         )
     if scales is None:
-        return Refusal(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
+        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
     blocks = -(-k // block)
     bytes_per_row = blocks * (block * bits // 8)
     if codes.dtype != ir.DataType.UINT8 or math.prod(codes.shape) != n * bytes_per_row:
-        return Refusal(Reason.MALFORMED_NODE, f"Its codes have the shape {list(codes.shape)}.", codes)
+        raise _RefusedError(Reason.MALFORMED_NODE, f"Its codes have the shape {list(codes.shape)}.", codes)
     if math.prod(scales.shape) != n * blocks:
-        return Refusal(Reason.MALFORMED_NODE, f"Its scales have the shape {list(scales.shape)}.", codes)
-    zero = _nbits_zero(zeros, (n, blocks), bits, folder)
-    if isinstance(zero, Refusal):
-        return replace(zero, weight=codes)
+        raise _RefusedError(Reason.MALFORMED_NODE, f"Its scales have the shape {list(scales.shape)}.", codes)
     weight = dequantized(
         codes.with_step(Unpacked(bits, (n, k)), (n, k), ir.DataType.UINT8),
         scales.with_step(Reshaped((n, blocks)), (n, blocks), scales.dtype),
-        zero, axis=1, block=block, what=f"the MatMulNBits node '{node.name}'",
+        _nbits_zero(zeros, (n, blocks), bits, codes, folder),
+        axis=1, block=block, what=f"the MatMulNBits node '{node.name}'",
     )  # fmt: skip
-    if isinstance(weight, NotConstant):
-        return Refusal(weight.reason, weight.detail, codes)
-    weight = weight.transposed()
-    bias = _bias(node, 5, weight, folder)
-    if isinstance(bias, Refusal):
-        return bias
+    weight = _understood(weight, codes).transposed()
+    bias = _bias(node, 5, weight, codes, folder)
     return Product((node,), x, weight, bias=bias, takes_add=bias is None, output=node.outputs[0])
 
 
 def _nbits_zero(
-    zeros: ir.Value | None, shape: tuple[int, int], bits: int, folder: ConstantFolder
-) -> FoldedConstant | Refusal | int:
+    zeros: ir.Value | None, shape: tuple[int, int], bits: int, codes: FoldedConstant, folder: ConstantFolder
+) -> FoldedConstant | int:
     """The zero points of a MatMulNBits node, one per scale; the middle code where it has none."""
     if zeros is None:
         return 1 << (bits - 1)
     constant = _constant(zeros, folder)
     if constant is None:
-        return Refusal(Reason.QUANTIZED_WEIGHT, "Its zero points are computed at run time.")
+        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its zero points are computed at run time.", codes)
     rows, blocks = shape
     if constant.dtype == ir.DataType.UINT8 and math.prod(constant.shape) == rows * -(-blocks * bits // 8):
         return constant.with_step(Unpacked(bits, shape), shape, ir.DataType.UINT8)
     if constant.dtype != ir.DataType.UINT8 and math.prod(constant.shape) == rows * blocks:
         return constant.with_step(Reshaped(shape), shape, constant.dtype)
-    return Refusal(Reason.MALFORMED_NODE, f"Its zero points have the shape {list(constant.shape)}.")
+    raise _RefusedError(Reason.MALFORMED_NODE, f"Its zero points have the shape {list(constant.shape)}.", codes)
 
 
-def _read_dynamic_quantize_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
+def _read_dynamic_quantize_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product:
     """DynamicQuantizeMatMul: x, codes [K, N], their scale and zero point, bias."""
     x = _input(node, 0)
     if x is None:
-        return Refusal(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     weight = _weight(node, codes, _constant(_input(node, 2), folder), _input(node, 3), folder)
-    if isinstance(weight, Refusal):
-        return weight
-    bias = _bias(node, 4, weight, folder)
-    if isinstance(bias, Refusal):
-        return bias
+    bias = _bias(node, 4, weight, codes, folder)
     return Product((node,), x, weight, bias=bias, takes_add=bias is None, output=node.outputs[0])
 
 
-def _bias(node: ir.Node, index: int, weight: FoldedConstant, folder: ConstantFolder) -> Bias | Refusal | None:
+def _bias(
+    node: ir.Node, index: int, weight: FoldedConstant, codes: FoldedConstant, folder: ConstantFolder
+) -> Bias | None:
     if _input(node, index) is None:
         return None
     constant = constant_vector(_input(node, index), weight.shape[1], folder, rank=1, dtype=weight.dtype)
-    return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight) if constant is None else Bias(constant)
+    if constant is None:
+        raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+    return Bias(constant)
 
 
-def _read_matmul_integer_to_float(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
+def _read_matmul_integer_to_float(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product:
     """MatMulIntegerToFloat: codes of x, codes [K, N], both scales, both zero points, bias."""
     a, a_scale, a_zero = (_input(node, index) for index in (0, 2, 4))
     if a is None or a_scale is None:
-        return Refusal(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     weight = _weight(node, codes, _constant(_input(node, 3), folder), _input(node, 5), folder)
-    if isinstance(weight, Refusal):
-        return weight
-    bias = _bias(node, 6, weight, folder)
-    if isinstance(bias, Refusal):
-        return bias
+    bias = _bias(node, 6, weight, codes, folder)
     x = _dynamic_source(a, a_scale, a_zero)
     if x is None and not (_is_scalar(a_scale) and _is_scalar(a_zero)):
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", weight)
+        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     return Product(
         (node,), a if x is None else x, weight, bias=bias, takes_add=bias is None, output=node.outputs[0],
         before=_codes_before(a_scale, a_zero) if x is None else None,
@@ -248,48 +255,44 @@ def _read_matmul_integer_to_float(node: ir.Node, folder: ConstantFolder, codes: 
 # --- integer operators ------------------------------------------------------------------------------------------------
 
 
-def _read_matmul_integer(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
+def _read_matmul_integer(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product:
     """MatMulInteger, an Add of int32 or not, a Cast to float32, and a Mul by the product of both scales."""
     a, a_zero = _input(node, 0), _input(node, 2)
-    if a is None or len(codes.shape) != 2:
-        return Refusal(Reason.WEIGHT_NOT_2D if a is not None else Reason.MALFORMED_NODE, weight=codes)
+    if a is None:
+        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
+    n = _columns(codes)
     nodes, integer_bias = [node], None
     cast = only_user(node.outputs[0])
     if cast is not None and cast.op_type == "Add" and cast.domain == "":
         integer_bias = _constant(_other_input(cast, node.outputs[0]), folder)
-        if integer_bias is None or integer_bias.dtype != ir.DataType.INT32 or not _is_row(integer_bias, codes.shape[1]):
-            return Refusal(Reason.UNSUPPORTED_BIAS, weight=codes)
+        if integer_bias is None or integer_bias.dtype != ir.DataType.INT32 or not _is_row(integer_bias, n):
+            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
         nodes.append(cast)
         cast = only_user(cast.outputs[0])
     mul = None if cast is None or not _casts_to_float(cast) else only_user(cast.outputs[0])
     if cast is None or mul is None or mul.op_type != "Mul" or mul.domain != "" or len(mul.inputs) != 2:
-        return Refusal(
+        raise _RefusedError(
             Reason.QUANTIZED_WEIGHT, "Its integers are not turned into floats by a Cast and a Mul that follow.", codes
         )
     nodes += [cast, mul]
     factor = _other_input(mul, cast.outputs[0])
     dynamic_scale, scale = _scales_of_factor(factor, folder)
-    if scale is None or not _is_row(scale, codes.shape[1]):
-        return Refusal(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
+    if scale is None or not _is_row(scale, n):
+        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
     weight = _weight(node, codes, scale, _input(node, 3), folder)
-    if isinstance(weight, Refusal):
-        return weight
     x = _dynamic_source(a, dynamic_scale, a_zero)
     if x is not None:
         if integer_bias is not None:
             # It is a multiple of a scale that changes from run to run.
-            return Refusal(Reason.UNSUPPORTED_BIAS, weight=codes)
+            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
         return Product(tuple(nodes), x, weight, output=mul.outputs[0])
     if not (_is_scalar(a_zero) and _is_scalar(dynamic_scale)):
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
+        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     bias = None
     if integer_bias is not None:
         if dynamic_scale is not None:
-            return Refusal(Reason.UNSUPPORTED_BIAS, weight=codes)
-        found = _integer_bias(node, integer_bias, scale, weight.shape[1])
-        if isinstance(found, Refusal):
-            return found
-        bias = found
+            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+        bias = _integer_bias(node, integer_bias, scale, codes)
     before = _codes_before(1.0 if dynamic_scale is None else dynamic_scale, a_zero)
     return Product(tuple(nodes), a, weight, bias=bias, takes_add=bias is None, output=mul.outputs[0], before=before)
 
@@ -314,75 +317,64 @@ def _is_row(constant: FoldedConstant, n: int) -> bool:
     return math.prod(constant.shape) in (1, n) and (not constant.shape or constant.shape[-1] in (1, n))
 
 
-def _integer_bias(node: ir.Node, codes: FoldedConstant, scale: FoldedConstant, n: int) -> Bias | Refusal:
+def _integer_bias(node: ir.Node, bias: FoldedConstant, scale: FoldedConstant, codes: FoldedConstant) -> Bias:
     """A bias that is added to the integers, as the number that it means."""
+    n = codes.shape[1]
     flat = [
         constant.with_step(Reshaped((n,)), (n,), constant.dtype) if math.prod(constant.shape) == n else constant
-        for constant in (codes, scale)
+        for constant in (bias, scale)
     ]
-    bias = dequantized(flat[0], flat[1], None, axis=0, block=0, what=f"the {node.op_type} node '{node.name}'")
-    if isinstance(bias, NotConstant):
-        return Refusal(Reason.UNSUPPORTED_BIAS, weight=codes)
-    return Bias(bias)
+    numbers = dequantized(flat[0], flat[1], None, axis=0, block=0, what=f"the {node.op_type} node '{node.name}'")
+    if isinstance(numbers, NotConstant):
+        raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+    return Bias(numbers)
 
 
 def _casts_to_float(node: ir.Node) -> bool:
-    attribute = node.attributes.get("to")
-    return (
-        node.op_type == "Cast"
-        and node.domain == ""
-        and attribute is not None
-        and attribute.as_int() == ir.DataType.FLOAT
-    )
+    is_cast = (node.domain, node.op_type) == ("", "Cast")
+    return is_cast and int_attribute(node, "to", None) == ir.DataType.FLOAT
 
 
 def _other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return next((other for other in node.inputs if other is not value), None)
 
 
-def _read_qlinear_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
+def _read_qlinear_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product:
     """QLinearMatMul: codes of x, their scale and zero; codes [K, N] and theirs; the scale and zero of the result."""
     a, a_scale, a_zero = (_input(node, index) for index in (0, 1, 2))
     y_scale, y_zero = _input(node, 6), _input(node, 7)
     if a is None or a_scale is None or y_scale is None:
-        return Refusal(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     weight = _weight(node, codes, _constant(_input(node, 4), folder), _input(node, 5), folder)
-    if isinstance(weight, Refusal):
-        return weight
     if not all(_is_scalar(value) for value in (a_scale, a_zero, y_scale, y_zero)):
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", weight)
+        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     return Product(
         (node,), a, weight, takes_add=False, output=node.outputs[0],
         before=_codes_before(a_scale, a_zero), after=_quantize_after(y_scale, y_zero),
     )  # fmt: skip
 
 
-def _read_qgemm(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product | Refusal:
+def _read_qgemm(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product:
     """QGemm: as QLinearMatMul, with transB, alpha, an int32 bias, and a result in float32 or quantized."""
     a, a_scale, a_zero = (_input(node, index) for index in (0, 1, 2))
     scale, y_scale = _constant(_input(node, 4), folder), _input(node, 7)
     single = _single(a_scale, folder)
     if a is None or a_scale is None or scale is None:
-        return Refusal(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     if int_attribute(node, "transA", 0):
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1.", codes)
+        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1.", codes)
     if len(codes.shape) == 2 and int_attribute(node, "transB", 0):
         codes = codes.transposed()
     weight = _weight(node, codes, scale, _input(node, 5), folder)
-    if isinstance(weight, Refusal):
-        return weight
     if not all(_is_scalar(value) for value in (a_scale, a_zero, y_scale, _input(node, 8))):
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", weight)
+        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     alpha = float_attribute(node, "alpha", 1.0)
     bias = None
     if _input(node, 6) is not None:
         integers = _constant(_input(node, 6), folder)
         if integers is None or single is None or not _is_row(integers, weight.shape[1]):
-            return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight)
-        found = _integer_bias(node, integers, scale, weight.shape[1])
-        if isinstance(found, Refusal):
-            return replace(found, weight=weight)
-        bias = replace(found, scale=alpha * single)
+            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+        bias = replace(_integer_bias(node, integers, scale, codes), scale=alpha * single)
     return Product(
         (node,), a, weight, alpha, bias, takes_add=bias is None and y_scale is None, rank=2, output=node.outputs[0],
         before=_codes_before(a_scale, a_zero),
@@ -390,7 +382,7 @@ def _read_qgemm(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) ->
     )  # fmt: skip
 
 
-def _reader(read: Callable[[ir.Node, ConstantFolder, FoldedConstant], Product | Refusal], codes: int) -> Reader:
+def _reader(read: Callable[[ir.Node, ConstantFolder, FoldedConstant], Product], codes: int) -> Reader:
     """A reader of an operator, by what reads it once its codes are known.
 
     Args:
@@ -399,8 +391,11 @@ def _reader(read: Callable[[ir.Node, ConstantFolder, FoldedConstant], Product | 
     """
 
     def read_node(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
-        constant = _codes(node, codes, folder)
-        return read(node, folder, constant) if isinstance(constant, FoldedConstant) else constant
+        try:
+            constant = _codes(node, codes, folder)
+            return None if constant is None else read(node, folder, constant)
+        except _RefusedError as why:
+            return why.refusal
 
     return read_node
 

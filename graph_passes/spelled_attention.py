@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.attention_operators import Refusal, Replacement
 from sparamx_onnx.graph_passes.attention_plan import AttentionReason
+from sparamx_onnx.graph_passes.attributes import MalformedAttributeError, int_attribute, ints_attribute
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, FoldedConstant
-from sparamx_onnx.graph_passes.products import int_attribute
 from sparamx_onnx.graph_passes.repeated_heads import RANK_BY_HEAD, known_shape, without_repeats
 
 # How many inputs operators have; those of Concat and Slice may differ.
@@ -54,13 +54,13 @@ def read_spelled(node: ir.Node, folder: ConstantFolder) -> Replacement | Refusal
        repeated on the way: batch and size the same, the mask's each that of the scores or 1, its last that of the keys.
     3. Heads of keys and values that are repeated for the queries (Unsqueeze, Expand, Reshape) are taken before that.
     """
-    softmax = _softmax_of(node)
-    if softmax is None:
-        return None
     try:
-        return _Reader(node, softmax, folder).read()
+        softmax = _softmax_of(node)
+        return None if softmax is None else _Reader(node, softmax, folder).read()
     except _NotUnderstoodError as why:
         return why.refusal
+    except MalformedAttributeError as error:
+        return Refusal(AttentionReason.MALFORMED_NODE, str(error))
 
 
 def _is(node: ir.Node | None, *op_types: str) -> bool:
@@ -129,8 +129,11 @@ class _Reader:
         value = self._node.inputs[1]
         assert value is not None
         self._check_inner()
-        if factors.scale == 0:
-            raise _NotUnderstoodError(AttentionReason.UNSUPPORTED_ATTRIBUTES, "Its scale is 0.")
+        with np.errstate(over="ignore"):
+            if not 0 < abs(np.float32(factors.scale)) < np.inf:  # 0 would mean another scale
+                raise _NotUnderstoodError(
+                    AttentionReason.UNSUPPORTED_ATTRIBUTES, "Its scale is no number that it takes."
+                )
         self._check_shapes(query, key, value, bias)
         heads = _shape_of(query, "query")[1]
         key, value = without_repeats(key, value)
@@ -209,10 +212,8 @@ class _Reader:
         if (
             not isinstance(constant, FoldedConstant)
             or constant.dtype != ir.DataType.FLOAT
-            or np.prod(constant.shape) != 1
+            or constant.shape not in ((), (1,))
         ):
-            return None
-        if len(constant.shape) > 1:
             return None
         return float(constant.numpy().reshape(()))
 
@@ -224,7 +225,7 @@ class _Reader:
         turned = self._unscaled(turned, factors)
         transpose = _producer(turned, "Transpose")
         if transpose is not None and transpose.inputs[0] is not None:
-            permutation = _permutation(transpose)
+            permutation = ints_attribute(transpose, "perm", ())
             if permutation == (0, 1, 3, 2):
                 return transpose.inputs[0], []
             if permutation == (0, 2, 3, 1):
@@ -269,11 +270,6 @@ class _Reader:
             raise _NotUnderstoodError(AttentionReason.UNKNOWN_SHAPE, "Its mask may not fit its scores.")
 
 
-def _permutation(transpose: ir.Node) -> tuple[int, ...]:
-    perm = transpose.attributes.get("perm")
-    return tuple(perm.as_ints()) if perm is not None and perm.type == ir.AttributeType.INTS else ()
-
-
 def _leads_to_product(value: ir.Value | None) -> bool:
     """Whether a summand is the scores: a product behind factors and softcap."""
     for _ in range(_LONGEST_WAY):
@@ -305,14 +301,13 @@ def _turned_flat(turned: ir.Value, folder: ConstantFolder) -> ir.Value | None:
     last = _producer(turned, "Reshape")
     transpose = None if last is None else _producer(last.inputs[0], "Transpose")
     first = None if transpose is None else _producer(transpose.inputs[0], "Reshape")
-    if last is None or transpose is None or first is None or first.inputs[0] is None:
+    keys = None if first is None else first.inputs[0]
+    if last is None or transpose is None or first is None or keys is None:
         return None
-    if _permutation(transpose) != (0, 2, 1):
-        return None
-    keys = first.inputs[0]
     into = [[-1], (keys, -2, -1), (keys, -1, None)]
     back = [(keys, 0, -2), (keys, -1, None), (keys, -2, -1)]
-    is_turned = _parts_of_shape(first.inputs[1], folder) == into and _parts_of_shape(last.inputs[1], folder) == back
+    is_turned = ints_attribute(transpose, "perm", ()) == (0, 2, 1)
+    is_turned &= _parts_of_shape(first.inputs[1], folder) == into and _parts_of_shape(last.inputs[1], folder) == back
     return keys if is_turned else None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparamx_onnx.graph_passes.attention_heads import value_size
+from sparamx_onnx.graph_passes.attributes import int_attribute
 from sparamx_onnx.ops.errors import SparamxError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -378,8 +379,7 @@ def _tables(value: ir.Value) -> Iterator[ir.Value]:
     while waiting:
         for node, index in waiting.pop().uses():
             if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
-                axis = node.attributes.get("axis")
-                if axis is None or axis.as_int() == 0:
+                if int_attribute(node, "axis", 0) == 0:
                     yield node.inputs[0]
             elif node.op_type in _UNCHANGING and index == 0 and id(node.outputs[0]) not in seen:
                 seen.add(id(node.outputs[0]))

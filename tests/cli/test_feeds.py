@@ -68,6 +68,12 @@ def test_a_cache_with_an_open_head_takes_its_size_from_the_attention_that_reads_
     assert plan_feeds(model, past=5).make()["past_key_values.0.key"].shape == (1, 2, 5, 8)
 
 
+def test_an_attribute_of_a_wrong_type_is_named() -> None:
+    model = _model(BERT, [helper.make_node("Gather", ["table", "input_ids"], ["y"], "lookup", axis=0.0)])
+    with pytest.raises(SparamxError, match="'axis' of the Gather node 'lookup' is of type FLOAT"):
+        plan_feeds(model)
+
+
 def test_ids_of_an_unknown_table_stay_tiny() -> None:
     assert plan_feeds(_model(BERT), length=100).make()["input_ids"].max() == 1
 

@@ -407,11 +407,36 @@ def test_attributes_of_another_type(make_model, sparse, name, value) -> None:
     (found,) = _find(proto)
     assert found.layer is None
     assert found.plan.reason is Reason.MALFORMED_NODE
+    assert f"'{name}' of the Gemm node 'y'" in found.plan.detail
 
 
-def test_a_cycle_does_not_hang(make_model) -> None:
-    nodes = [node("Identity", ["b"], ["a"]), node("Identity", ["a"], ["b"]), node("MatMul", ["x", "a"], ["y"])]
-    (found,) = _find(make_model(nodes, {"x": (2, K)}, ["y"], {}))
+@pytest.mark.parametrize(
+    ("nodes", "what"),
+    [
+        (
+            [node("Transpose", ["w"], ["t"], perm="x"), node("MatMul", ["x", "t"], ["y"])],
+            "'perm' of the Transpose node 't'",
+        ),
+        ([node("Cast", ["w"], ["c"], to=1.0), node("MatMul", ["x", "c"], ["y"])], "'to' of the Cast node 'c'"),
+        (
+            [node("MatMul", ["x", "w"], ["m"]), node("Gelu", ["m"], ["y"], approximate=1)],
+            "'approximate' of the Gelu node 'y'",
+        ),
+        ([node("MatMul", ["x", "w"], ["m"]), node("Swish", ["m"], ["y"], alpha=1)], "'alpha' of the Swish node 'y'"),
+    ],
+)
+def test_attributes_of_another_type_in_nodes_around(make_model, sparse, nodes, what) -> None:
+    (found,) = _find(make_model(nodes, {"x": (2, K)}, ["y"], {"w": sparse((K, N))}))
+    assert found.layer is None
+    assert found.plan.reason is Reason.MALFORMED_NODE
+    assert what in found.plan.detail
+
+
+@pytest.mark.parametrize("cycle", [["b"], ["c", "b"]])
+def test_a_cycle_does_not_hang(make_model, cycle: list[str]) -> None:
+    operator = "Identity" if len(cycle) == 1 else "DequantizeLinear"
+    nodes = [node(operator, cycle, ["a"]), node("Identity", ["a"], ["b"]), node("MatMul", ["x", "a"], ["y"])]
+    (found,) = _find(make_model(nodes, {"x": (2, K)}, ["y"], {"c": np.ones((K, N), np.int8)}))
     assert found.layer is None
 
 
@@ -424,6 +449,26 @@ def test_quantized_operators_are_reported(make_model) -> None:
     assert found.plan.bytes_before == K * N
     without_weight = make_model([node("MatMulInteger", ["x", "z"], ["y"])], {"x": (2, K), "z": (K, N)}, ["y"], {})
     assert _find(without_weight) == []
+
+
+@pytest.mark.parametrize(
+    ("operator", "inputs", "reason"),
+    [
+        ("GemmFastGelu", ["x", "w"], Reason.UNSUPPORTED_OPERATOR),
+        ("MatMulFpQ4", ["x", "w"], Reason.QUANTIZED_WEIGHT),
+        ("MoE", ["x", "p", "w"], Reason.UNSUPPORTED_OPERATOR),
+        ("QMoE", ["x", "p", "w"], Reason.QUANTIZED_WEIGHT),
+        ("MoE", ["x", "p", "x"], None),
+        ("MoE", ["x"], None),
+    ],
+)
+def test_relatives_are_reported(make_model, operator: str, inputs: list[str], reason: Reason | None) -> None:
+    nodes = [node(operator, inputs, ["y"], domain="com.microsoft")]
+    proto = make_model(nodes, {"x": (2, K), "p": (2, 4)}, ["y"], {"w": np.zeros(K * N, np.uint8)})
+    plans = [found.plan for found in _find(proto)]
+    assert [(plan.reason, plan.weight, plan.bytes_before) for plan in plans] == (
+        [] if reason is None else [(reason, "w", K * N)]
+    )
 
 
 # --- bodies and functions -------------------------------------------------------------------------------------------

@@ -496,6 +496,144 @@ def test_malformed_matmul_nbits(workbench, make_model) -> None:
         assert workbench.convert(proto).node("y").reason is reason, (change, inputs)
 
 
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+_DYNAMIC = (node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),)
+_OPERATORS: dict[str, tuple[tuple[onnx.NodeProto, ...], list[str], dict[str, object]]] = {
+    "MatMulNBits": ((), ["x", "p", "ps", "", "", "b"], {"K": 64, "N": 32, "bits": 4, "block_size": 32}),
+    "DynamicQuantizeMatMul": ((), ["x", "w", "s", "z", "b"], {}),
+    "MatMulIntegerToFloat": (_DYNAMIC, ["xq", "w", "xs", "s", "xz", "z", "b"], {}),
+    "QLinearMatMul": (_DYNAMIC, ["xq", "xs", "xz", "w", "s", "z", "one", "zero"], {}),
+    "QGemm": ((), ["c", "one", "zero", "w", "s", "z", "i"], {}),
+}
+
+
+def _operator(make_model, op_type: str, changes: dict[int, str], **attributes: object) -> onnx.ModelProto:
+    """One operator whose inputs are good ones but for some, and what computes those that are computed."""
+    before, inputs, usual = _OPERATORS[op_type]
+    inputs = [changes.get(index, name) for index, name in enumerate(inputs)]
+    weights = {
+        "p": np.zeros((32, 2, 16), np.uint8), "ps": _scales(64), "w": _codes(-9, 9, (64, 32)).astype(np.int8),
+        "s": _scales(32), "z": np.zeros(32, np.int8), "b": _x(32), "i": np.arange(32, dtype=np.int32),
+        "one": np.array(1, np.float32), "zero": np.array(0, np.uint8), "double": np.ones(32), "three": _x(3),
+        "doubles": np.ones(64), "rows": np.ones(3, np.float32), "stack": np.zeros((2, 64, 32), np.int8),
+    }  # fmt: skip
+    nodes = [
+        *before,
+        node("Add", ["ps", "ps"], ["computed"]),
+        node("ReduceMax", ["x"], ["some"]),
+        node("Neg", ["w"], ["negated"]),
+        node(op_type, inputs, ["y"], domain="" if op_type == "QLinearMatMul" else MICROSOFT, **{**usual, **attributes}),
+    ]
+    codes = [helper.make_tensor_value_info("c", TensorProto.UINT8, (3, 64))]
+    return make_model(nodes, {"x": (3, 64)}, ["y"], weights, extra_inputs=codes)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "changes", "attributes", "reason", "words"),
+    [
+        ("MatMulNBits", {2: "computed"}, {}, Reason.QUANTIZED_WEIGHT, "scales are computed"),
+        ("MatMulNBits", {2: "three"}, {}, Reason.MALFORMED_NODE, "scales have the shape [3]"),
+        ("MatMulNBits", {2: "doubles"}, {}, Reason.QUANTIZED_WEIGHT, "scales are DOUBLE"),
+        ("MatMulNBits", {3: "computed"}, {}, Reason.QUANTIZED_WEIGHT, "zero points are computed"),
+        ("MatMulNBits", {5: "three"}, {}, Reason.UNSUPPORTED_BIAS, ""),
+        ("MatMulNBits", {1: "negated"}, {}, Reason.WEIGHT_NOT_CONSTANT, "Neg"),
+        ("DynamicQuantizeMatMul", {0: ""}, {}, Reason.MALFORMED_NODE, "input is missing"),
+        ("DynamicQuantizeMatMul", {2: "computed"}, {}, Reason.QUANTIZED_WEIGHT, "scales are computed"),
+        ("DynamicQuantizeMatMul", {3: "negated"}, {}, Reason.QUANTIZED_WEIGHT, "scales are computed"),
+        ("DynamicQuantizeMatMul", {1: "b"}, {}, None, ""),
+        ("DynamicQuantizeMatMul", {1: "ps"}, {}, None, ""),
+        ("MatMulIntegerToFloat", {0: ""}, {}, Reason.MALFORMED_NODE, "input is missing"),
+        ("MatMulIntegerToFloat", {3: "double"}, {}, Reason.QUANTIZED_WEIGHT, "scales are DOUBLE"),
+        ("MatMulIntegerToFloat", {6: "three"}, {}, Reason.UNSUPPORTED_BIAS, ""),
+        ("MatMulIntegerToFloat", {2: "rows"}, {}, Reason.UNSUPPORTED_ATTRIBUTES, "scale per row"),
+        ("MatMulIntegerToFloat", {2: "some"}, {}, Reason.UNSUPPORTED_ATTRIBUTES, "scale per row"),
+        ("MatMulIntegerToFloat", {1: "stack"}, {}, Reason.WEIGHT_NOT_2D, "[2, 64, 32]"),
+        ("QLinearMatMul", {6: ""}, {}, Reason.MALFORMED_NODE, "input is missing"),
+        ("QLinearMatMul", {1: "rows"}, {}, Reason.UNSUPPORTED_ATTRIBUTES, "scale per row"),
+        ("QLinearMatMul", {6: "rows"}, {}, Reason.UNSUPPORTED_ATTRIBUTES, "scale per row"),
+        ("QGemm", {4: "computed"}, {}, Reason.MALFORMED_NODE, "input is missing"),
+        ("QGemm", {}, {"transA": 1}, Reason.UNSUPPORTED_ATTRIBUTES, "transA = 1"),
+        ("QGemm", {5: "negated"}, {}, Reason.QUANTIZED_WEIGHT, "scales are computed"),
+        ("QGemm", {1: "rows"}, {}, Reason.UNSUPPORTED_ATTRIBUTES, "scale per row"),
+        ("QGemm", {6: "b"}, {}, Reason.UNSUPPORTED_BIAS, ""),
+        ("QGemm", {6: "three"}, {}, Reason.UNSUPPORTED_BIAS, ""),
+    ],
+)
+def test_refused_operators(workbench, make_model, op_type: str, changes, attributes, reason, words: str) -> None:
+    converted = workbench.convert(_operator(make_model, op_type, changes, **attributes))
+    plans = list(converted.plan)
+    if reason is None:  # no matrix of codes, so no weight
+        assert not plans
+        return
+    (plan,) = plans
+    assert (plan.action, plan.reason) == (Action.LEFT_ALONE, reason)
+    assert words in plan.detail
+    assert op_type in converted.op_types
+
+
+@pytest.mark.parametrize("op_type", _OPERATORS)
+def test_the_same_operators_are_understood(workbench, make_model, op_type: str) -> None:
+    (plan,) = workbench.convert(_operator(make_model, op_type, {})).plan
+    assert plan.action is not Action.LEFT_ALONE
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"factor": "rows_of_scales"}, None),
+        ({"a": ""}, "not valid ONNX"),
+        ({"w": "stack"}, "shape is"),
+        ({"wz": "negated"}, "scales are computed"),
+        ({"factor": "computed"}, "scales are computed"),
+        ({"factor": "other_product"}, "scales are computed"),
+        ({"xz": "row_zeros"}, "scale per row"),
+        ({"added": "x_codes"}, "own bias"),
+        ({"added": "i"}, None),
+        ({"added": "i1"}, "own bias"),
+        ({"added": "i", "a": "dynamic"}, "own bias"),
+        ({"added": "i", "factor": "other_scale"}, "own bias"),
+    ],
+)
+def test_refused_integer_products(workbench, make_model, change: dict[str, str], words: str | None) -> None:
+    """MatMulInteger, perhaps an Add, Cast, Mul: exact where the activations' scale is that of the model."""
+    has = {"a": "x_codes", "w": "w", "xz": "", "wz": "", "factor": "s", "added": "", **change}
+    weights = {
+        "w": _codes(-9, 9, (64, 32)).astype(np.int8), "stack": np.zeros((2, 64, 32), np.int8), "s": _scales(32),
+        "rows_of_scales": _scales(1, 32), "row_zeros": np.zeros(3, np.uint8), "i": np.arange(32, dtype=np.int32),
+        "i1": np.ones(1, np.int32),
+    }  # fmt: skip
+    dynamic = has["a"] == "dynamic"
+    codes = ["xq", has["w"], "xz"] if dynamic else [has["a"], has["w"], has["xz"], has["wz"]]
+    factor = "dynamic_scale" if dynamic else has["factor"]
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        node("Mul", ["xs", "s"], ["dynamic_scale"]),
+        node("Mul", ["one_scale", "s"], ["other_scale"]),
+        node("Mul", ["xs", "one_scale"], ["other_product"]),
+        node("Add", ["s", "s"], ["computed"]),
+        node("Neg", ["w"], ["negated"]),
+        node("MatMulInteger", codes, ["product"]),
+        *([node("Add", ["product", has["added"]], ["sum"])] if has["added"] else []),
+        node("Cast", ["sum" if has["added"] else "product"], ["floats"], to=TensorProto.FLOAT),
+        node("Mul", ["floats", factor], ["y"]),
+    ]
+    extra = [
+        helper.make_tensor_value_info("x_codes", TensorProto.UINT8, (3, 64)),
+        helper.make_tensor_value_info("one_scale", TensorProto.FLOAT, ()),
+    ]
+    proto = make_model(nodes, {"x": (3, 64)}, ["y"], weights, extra_inputs=extra)
+    converted = workbench.convert(proto)
+    (plan,) = converted.plan
+    assert (plan.action is Action.LEFT_ALONE) == (words is not None), plan.text
+    if words is not None:
+        assert words in plan.text
+        return
+    feeds = {"x": _x(3, 64), "x_codes": np.arange(192, dtype=np.uint8).reshape(3, 64), "one_scale": np.float32(0.1)}
+    assert converted.error({name: np.asarray(array) for name, array in feeds.items()}) <= EXACT
+
+
 # --- what is written down ---------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,11 @@ def test_what_cannot_be_converted_has_a_reason() -> None:
     def changed(**attributes: Any) -> onnx.ModelProto:
         return decoder(True, **attributes)
 
+    def without(role: str) -> onnx.ModelProto:
+        proto = decoder(True)
+        proto.graph.node[1].input[GROUP_QUERY_INPUTS.index(role)] = ""
+        return proto
+
     scores = decoder(True)
     scores.graph.node[1].output.append("scores")
     quantized = decoder(True)
@@ -210,6 +215,11 @@ def test_what_cannot_be_converted_has_a_reason() -> None:
         (changed(qk_output=1), "unsupported_attributes", "qk_output"),
         (changed(something_new=1), "unsupported_attributes", "something_new"),
         (changed(num_heads=3), "malformed_node", ""),
+        (changed(local_window_size=2.0), "malformed_node", "'local_window_size' of the GroupQueryAttention node"),
+        (changed(do_rotary="yes"), "malformed_node", "'do_rotary' of the GroupQueryAttention node 'attention'"),
+        (without("query"), "malformed_node", ""),
+        (without("past_value"), "malformed_node", "one of past_key and past_value only"),
+        (without("cos_cache"), "malformed_node", "without cos_cache"),
         (scores, "unsupported_output", "scores"),
         (one_present, "unsupported_output", "one of present_key"),
         (quantized, "unsupported_input", "k_scale"),
@@ -355,6 +365,13 @@ def test_packed_multi_head_attention(workbench, shapes: dict[str, Sequence[int |
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def with_bias(changes: Mapping[str, Sequence[int | str | None]], length: int = 112) -> onnx.ModelProto:
+    proto = multi_head({**MULTI_HEAD, **changes, "bias": [length]})
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones(length, np.float32), "bias"))
+    proto.graph.input.remove(next(value for value in proto.graph.input if value.name == "bias"))
+    return proto
+
+
 def test_multi_head_attention_that_stays() -> None:
     cases: list[tuple[onnx.ModelProto, str, str]] = [
         (multi_head({**MULTI_HEAD, "bias": [112]}), "unsupported_input", "bias is not constant"),
@@ -362,6 +379,15 @@ def test_multi_head_attention_that_stays() -> None:
         (multi_head({**MULTI_HEAD, "key_padding_mask": ["numbers"]}), "unknown_shape", "one dimension"),
         (multi_head(MULTI_HEAD, unidirectional=1), "unknown_shape", "unidirectional"),
         (multi_head(MULTI_HEAD, something_new=1), "unsupported_attributes", "something_new"),
+        (multi_head(MULTI_HEAD, unidirectional="x"), "malformed_node", "'unidirectional' of the MultiHeadAttention"),
+        (multi_head({**MULTI_HEAD, "key": None}), "malformed_node", ""),
+        (
+            multi_head({**MULTI_HEAD, "past_key": None, "past_value": None, "past_sequence_length": [1]}),
+            *("unsupported_input", "past_sequence_length"),
+        ),
+        (with_bias({"value": [None, None, None, None, None]}), "unsupported_input", "side by side"),
+        (with_bias({"query": ["batch", "tokens", "width"]}), "unknown_shape", "It has a bias"),
+        (with_bias({}, 63), "malformed_node", "too short"),
     ]
     for proto, reason, detail in cases:
         plan = attention_plan(proto)
@@ -373,6 +399,77 @@ def test_multi_head_attention_that_stays() -> None:
     other = multi_head(MULTI_HEAD)
     other.graph.node[0].op_type = "DecoderMaskedMultiHeadAttention"
     assert attention_plan(other).reason.value == "unsupported_operator"
+
+
+@pytest.mark.parametrize(
+    ("op_type", "inputs", "is_converted"),
+    [
+        ("MatMul", ["query", "w"], True),
+        ("MatMul", ["query", "other"], False),
+        ("Identity", ["query"], False),
+        ("Split", ["query"], False),
+    ],
+)
+def test_causal_attention_needs_as_many_keys_as_queries(op_type: str, inputs: list[str], is_converted: bool) -> None:
+    """Where the shapes do not tell, the keys must be made of what the queries are made of, token by token."""
+    proto = multi_head({role: ["b", None, 32] for role in ("query", "key", "value")}, unidirectional=1)
+    proto.graph.input[1].CopyFrom(value_info("other", [32, 32]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.eye(32, dtype=np.float32), "w"))
+    proto.graph.node.insert(0, helper.make_node(op_type, inputs, ["key"], "made"))
+    plan = attention_plan(proto, weights="fp32")
+    assert (plan.action is Action.CONVERTED) == is_converted
+
+
+STANDARD: dict[str, Sequence[int | str] | None] = {
+    "query": ["batch", 4, "tokens", 16],
+    "key": ["batch", 2, "keys", 16],
+    "value": ["batch", 2, "keys", 16],
+    "attention_bias": None,
+    "past_key": None,
+    "past_value": None,
+    "nonpad_kv_seqlen": None,
+}
+
+
+def standard(
+    changes: Mapping[str, Sequence[int | str] | None], outputs: Sequence[str] = ("y",), **attributes: Any
+) -> onnx.ModelProto:
+    """One Attention of ONNX's own operators."""
+    shapes = {**STANDARD, **changes}
+    names = [name if shape is not None else "" for name, shape in shapes.items()]
+    node = helper.make_node("Attention", names, list(outputs), "attention", **attributes)
+    inputs = [
+        value_info(name, shape, TensorProto.INT64 if name == "nonpad_kv_seqlen" else TensorProto.FLOAT)
+        for name, shape in shapes.items()
+        if shape is not None
+    ]
+    results = [value_info(name, [None] * 4) for name in outputs if name]
+    graph = helper.make_graph([node], "g", inputs, results)
+    return helper.make_model(graph, ir_version=11, opset_imports=[helper.make_opsetid("", 24)])
+
+
+def test_standard_attention_that_stays() -> None:
+    past = {"past_key": ["batch", 2, "past", 16], "past_value": ["batch", 2, "past", 16]}
+    presents = ("y", "present_key", "present_value")
+    cases: list[tuple[onnx.ModelProto, str, str]] = [
+        (standard({}, something_new=1), "unsupported_attributes", "something_new"),
+        (standard({}, scale="x"), "malformed_node", "'scale' of the Attention node 'attention'"),
+        (standard({"value": None}), "malformed_node", ""),
+        (standard({"past_key": past["past_key"]}), "malformed_node", "one of past_key and past_value only"),
+        (standard({"query": ["batch", "heads", "tokens", 16]}), "unknown_shape", "number of heads"),
+        (standard({"query": ["batch", "tokens", 64]}), "unknown_shape", "number of heads"),
+        (standard({"query": ["batch", 3, "tokens", 16]}), "malformed_node", ""),
+        (
+            standard({**past, "nonpad_kv_seqlen": ["batch"]}, presents),
+            "malformed_node",
+            "past_key and nonpad_kv_seqlen",
+        ),
+        (standard({"nonpad_kv_seqlen": ["batch"]}, presents), "unsupported_output", "present_key and nonpad_kv_seqlen"),
+    ]
+    for proto, reason, detail in cases:
+        plan = attention_plan(proto)
+        assert (plan.action, plan.reason.value) == (Action.LEFT_ALONE, reason), plan.text
+        assert detail in plan.text
 
 
 @pytest.mark.parametrize("unidirectional", [0, 1])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.options import ConvertOptions
 
 K, N = 66, 50
 node = helper.make_node
@@ -181,6 +185,18 @@ def test_a_model_that_was_converted_is_left_alone(workbench, make_model, sparse)
     assert plan.epilogue == "relu"
     assert again.proto.metadata_props == first.proto.metadata_props
     assert again.error({"x": _x(2, K)}) == 0
+
+
+def test_malformed_sparse_operators_are_reported(make_model) -> None:
+    nodes = [
+        node("SparseAMXMatMul", ["x"], ["a"], domain="com.sparamx", K=4, N=4),
+        node("SparseAMXMatMul", ["x", "w"], ["b"], domain="com.sparamx", K=4, N=4, epilogue=1),
+    ]
+    model = ir.from_proto(make_model(nodes, {"x": (2, 4), "w": (4,)}, ["a", "b"], {}))
+    plans = list(pipeline.run(model, ConvertOptions()))
+    assert [plan.reason.value for plan in plans] == ["already_converted", "malformed_node"]
+    assert plans[0].detail == "Its packed weight is not a constant."
+    assert "'epilogue' of the SparseAMXMatMul node 'b' is of type INT" in plans[1].detail
 
 
 def test_a_damaged_packed_weight_is_reported(workbench, make_model) -> None:
