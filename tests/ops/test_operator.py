@@ -64,7 +64,7 @@ def _expected(case, blob: np.ndarray, epilogue: str, activations: str) -> np.nda
 
 @pytest.mark.parametrize("weight_type", list(WeightType))
 def test_random_shapes(cases, weight_type: WeightType) -> None:
-    epilogues = SPARSE_AMX_MATMUL.attributes[3].choices
+    epilogues = [epilogue.value for epilogue in Epilogue]
     activations = {WeightType.FP32: "fp32", WeightType.BF16: "bf16"}.get(weight_type, "int8")
     for index, case in enumerate(cases(400, 15)):
         blob = packing.pack(case.w, PackOptions(weight_type))
