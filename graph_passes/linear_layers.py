@@ -23,7 +23,7 @@ from sparamx_onnx.graph_passes.products import (
     NewNodes,
     Product,
     Reader,
-    Refusal,
+    RefusedError,
     constant_vector,
     only_user,
 )
@@ -179,8 +179,10 @@ class LinearLayerFinder:
                 product = _READERS[operator](node, self._folder)
                 return None if product is None else self._judge(node, product)
             return self._describe_relative(node) if operator in _RELATIVES else None
+        except RefusedError as refused:
+            return self._judge(node, refused)
         except MalformedAttributeError as error:  # of this node, or of one around it
-            return self._judge(node, Refusal(Reason.MALFORMED_NODE, str(error)))
+            return self._judge(node, RefusedError(Reason.MALFORMED_NODE, str(error)))
 
     def _describe_relative(self, node: ir.Node) -> Found | None:
         index = _RELATIVES[node.domain, node.op_type]
@@ -214,7 +216,7 @@ class LinearLayerFinder:
             plan.group_size = info.group_size or None
         return plan
 
-    def _judge(self, node: ir.Node, product: Product | Refusal) -> Found:
+    def _judge(self, node: ir.Node, product: Product | RefusedError) -> Found:
         """What becomes of a product that was read, or of what was read of it."""
         weight = product.weight
         plan = _left_alone(node, Reason.CONVERTED)
@@ -227,7 +229,7 @@ class LinearLayerFinder:
         if refusal is not None:
             plan.reason, plan.detail = refusal.reason, refusal.detail
             return Found(node, plan)
-        assert not isinstance(product, Refusal)
+        assert not isinstance(product, RefusedError)
         x = product.x
         if x.shape is not None and len(x.shape) > 0 and isinstance(x.shape[-1], int) and x.shape[-1] != plan.k:
             plan.reason = Reason.MALFORMED_NODE
@@ -240,11 +242,11 @@ class LinearLayerFinder:
         plan.absorbed = tuple(other.name or "" for other in layer.nodes[1:])
         return Found(node, plan, layer)
 
-    def _refusal(self, node: ir.Node, product: Product | Refusal) -> NotConstant | None:
+    def _refusal(self, node: ir.Node, product: Product | RefusedError) -> NotConstant | None:
         """Why a product cannot be packed, or None."""
         is_old = (self._model.ir_version or _BODY_INITIALIZERS_SINCE_IR) < _BODY_INITIALIZERS_SINCE_IR
         weight = product.weight
-        if isinstance(product, Refusal):
+        if isinstance(product, RefusedError):
             x = next((value for value in node.inputs if value is not None), None)
             # That its type is none of ours is the first thing to know of an operator that takes floats.
             wrong_type = None if weight is None or weight.dtype in CODE_BITS else _type_refusal(x, weight)

@@ -14,7 +14,7 @@ from sparamx_onnx.graph_passes.products import (
     MICROSOFT,
     Bias,
     Product,
-    Refusal,
+    RefusedError,
     constant_vector,
     read_operands,
 )
@@ -26,33 +26,30 @@ _SPLIT_SIZES_ARE_INPUT = 13
 _COMMON_ATTRIBUTES = ("num_heads", "mask_filter_value", "scale", "unidirectional")
 
 
-def read_attention(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def read_attention(node: ir.Node, folder: ConstantFolder) -> Product:
     """The product with the packed weight [K, Nq + Nk + Nv], and behind it Split and MultiHeadAttention.
 
     Attention with a cache, with rotary embedding, or with a bias that is no constant is refused.
     """
-    operands = read_operands(node, folder) if len(node.outputs) == 1 else None
-    if operands is None:
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.")
-    if isinstance(operands, Refusal):
-        return operands
-    x, weight = operands
+    if len(node.outputs) != 1:
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.")
+    x, weight = read_operands(node, folder)
     mask, past, added, past_length = (node.inputs[i] if i < len(node.inputs) else None for i in (3, 4, 5, 6))
     if past is not None or past_length is not None:
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.", weight)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.", weight)
     if int_attribute(node, "do_rotary", 0):
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has do_rotary = 1.", weight)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has do_rotary = 1.", weight)
     if len(weight.shape) != 2:
         return Product((node,), x, weight, output=node.outputs[0])
     n = weight.shape[1]
     sizes = ints_attribute(node, "qkv_hidden_sizes", (n // 3,) * 3)
     if len(sizes) != 3 or sum(sizes) != n or sizes[0] != sizes[1]:
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, f"Its weight has {n} columns for {list(sizes)}.", weight)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, f"Its weight has {n} columns for {list(sizes)}.", weight)
     bias = None
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         constant = constant_vector(node.inputs[2], n, folder, rank=1)
         if constant is None:
-            return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight)
+            raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=weight)
         bias = Bias(constant)
     attributes = [node.attributes[name] for name in _COMMON_ATTRIBUTES if name in node.attributes]
 

@@ -68,36 +68,41 @@ class Product:
     after: NewNodes | None = None
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why an operator is no product that can be packed, as far as it has been read.
+class RefusedError(Exception):
+    """An operator is no product that can be packed; an exception, as it comes from deep in what is read of it.
 
     Attributes:
         reason: Why.
         detail: What is particular to it.
-        weight: Its weight, where there is one.
+        weight: Its weight, as far as it has been read, or None.
     """
 
-    reason: Reason
-    detail: str = ""
-    weight: FoldedConstant | None = None
+    def __init__(self, reason: Reason, detail: str = "", weight: FoldedConstant | None = None) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+        self.weight = weight
 
 
-def read_operands(node: ir.Node, folder: ConstantFolder) -> tuple[ir.Value, FoldedConstant] | Refusal:
-    """The activations and the weight of a node whose first two inputs these are."""
+def read_operands(node: ir.Node, folder: ConstantFolder) -> tuple[ir.Value, FoldedConstant]:
+    """The activations and the weight of a node whose first two inputs these are.
+
+    Raises:
+        RefusedError: It has none, or the weight is no constant, or the activations are one.
+    """
     x, w = (node.inputs[index] if index < len(node.inputs) else None for index in (0, 1))
     if x is None or w is None or len(node.outputs) != 1:
-        return Refusal(Reason.MALFORMED_NODE, "An input or the output is missing.")
+        raise RefusedError(Reason.MALFORMED_NODE, "An input or the output is missing.")
     weight = folder.fold(w)
     left = folder.fold(x)
     if isinstance(weight, NotConstant):
         if isinstance(left, FoldedConstant) and weight.reason is Reason.TWO_ACTIVATIONS:
-            return Refusal(Reason.WEIGHT_ON_LEFT, f"It is '{left.name}'.")
+            raise RefusedError(Reason.WEIGHT_ON_LEFT, f"It is '{left.name}'.")
         if isinstance(left, NotConstant) and left.reason is Reason.WEIGHT_CHOSEN_AT_RUN_TIME:
-            return Refusal(left.reason, left.detail)
-        return Refusal(weight.reason, weight.detail)
+            raise RefusedError(left.reason, left.detail)
+        raise RefusedError(weight.reason, weight.detail)
     if isinstance(left, FoldedConstant):
-        return Refusal(Reason.CONSTANT_EXPRESSION, weight=weight)
+        raise RefusedError(Reason.CONSTANT_EXPRESSION, weight=weight)
     return x, weight
 
 
@@ -136,19 +141,13 @@ def only_user(value: ir.Value) -> ir.Node | None:
     return use.node if use.node.graph is value.graph else None
 
 
-def _read_matmul(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
-    operands = read_operands(node, folder)
-    if isinstance(operands, Refusal):
-        return operands
-    x, weight = operands
+def _read_matmul(node: ir.Node, folder: ConstantFolder) -> Product:
+    x, weight = read_operands(node, folder)
     return Product((node,), x, weight, output=node.outputs[0])
 
 
-def _read_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
-    operands = read_operands(node, folder)
-    if isinstance(operands, Refusal):
-        return operands
-    x, weight = operands
+def _read_gemm(node: ir.Node, folder: ConstantFolder) -> Product:
+    x, weight = read_operands(node, folder)
     if len(weight.shape) != 2:
         return Product((node,), x, weight, output=node.outputs[0])
     if int_attribute(node, "transB", 0):
@@ -163,9 +162,9 @@ def _read_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
         elif _can_be_added(c, weight):
             after = _add(c, beta, weight.dtype)
         else:
-            return Refusal(Reason.UNSUPPORTED_BIAS, weight=weight)
+            raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=weight)
     if int_attribute(node, "transA", 0):
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1.", weight)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1.", weight)
     return Product(
         (node,), x, weight, float_attribute(node, "alpha", 1.0), bias,
         takes_add=c is None or beta == 0.0, rank=2, output=node.outputs[0], after=after,
@@ -196,15 +195,12 @@ def _add(c: ir.Value, factor: float, dtype: ir.DataType) -> NewNodes:
     return after
 
 
-def _read_fused_matmul(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
+def _read_fused_matmul(node: ir.Node, folder: ConstantFolder) -> Product:
     """FusedMatMul: alpha * x W, with W transposed or not."""
-    operands = read_operands(node, folder)
-    if isinstance(operands, Refusal):
-        return operands
-    x, weight = operands
+    x, weight = read_operands(node, folder)
     for name in ("transA", "transBatchA", "transBatchB"):
         if int_attribute(node, name, 0):
-            return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, f"It has {name} = 1.", weight)
+            raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, f"It has {name} = 1.", weight)
     if len(weight.shape) == 2 and int_attribute(node, "transB", 0):
         weight = weight.transposed()
     return Product((node,), x, weight, float_attribute(node, "alpha", 1.0), output=node.outputs[0])
@@ -225,15 +221,15 @@ _GEMM_ACTIVATIONS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def _read_fused_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal:
+def _read_fused_gemm(node: ir.Node, folder: ConstantFolder) -> Product:
     """FusedGemm: a Gemm, and the activation function behind it becomes a node of its own."""
     product = _read_gemm(node, folder)
     name = string_attribute(node, "activation", "")
-    if isinstance(product, Refusal) or not name:
+    if not name:
         return product
     parameters = _GEMM_ACTIVATIONS.get(name)
     if parameters is None:
-        return Refusal(Reason.UNSUPPORTED_ATTRIBUTES, f"Its activation is {name}.", product.weight)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, f"Its activation is {name}.", product.weight)
     attributes = [
         ir.AttrFloat32(new, value)
         for old, new in parameters.items()
@@ -255,21 +251,16 @@ def _read_fused_gemm(node: ir.Node, folder: ConstantFolder) -> Product | Refusal
 _MATRIX_EQUATION = re.compile(r"(?P<left>[A-Za-z]+|\.\.\.[A-Za-z]+),(?P<right>[A-Za-z]{2})->(?P<result>.+)")
 
 
-def _read_einsum(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
+def _read_einsum(node: ir.Node, folder: ConstantFolder) -> Product | None:
     """Einsum, where its equation is that of a matrix product with a constant on the right, e.g. ``bsk,kn->bsn``."""
     constants = [None if value is None else folder.fold(value) for value in node.inputs]
     matrices = [c for c in constants if isinstance(c, FoldedConstant) and len(c.shape) > 1]
     if not matrices:
         return None
     equation = string_attribute(node, "equation", "").replace(" ", "")
-    operands = (
-        read_operands(node, folder)
-        if len(constants) == 2
-        else Refusal(Reason.UNSUPPORTED_OPERATOR, f"Its equation is {equation}.", matrices[0])
-    )
-    if isinstance(operands, Refusal):
-        return operands
-    x, weight = operands
+    if len(constants) != 2:
+        raise RefusedError(Reason.UNSUPPORTED_OPERATOR, f"Its equation is {equation}.", matrices[0])
+    x, weight = read_operands(node, folder)
     match = _MATRIX_EQUATION.fullmatch(equation)
     if match is not None:
         left, right, result = match["left"], match["right"], match["result"]
@@ -280,14 +271,15 @@ def _read_einsum(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | N
         if distinct and result == left[:-1] + n and len(weight.shape) == 2:
             weight = weight if right == k + n else weight.transposed()
             return Product((node,), x, weight, output=node.outputs[0])
-    return Refusal(Reason.UNSUPPORTED_OPERATOR, f"Its equation is {equation}.", weight)
+    raise RefusedError(Reason.UNSUPPORTED_OPERATOR, f"Its equation is {equation}.", weight)
 
 
-Reader = Callable[[ir.Node, ConstantFolder], Product | Refusal | None]
-"""Reads a node: the product that it computes, or why it is none that can be packed; None where it holds no weight.
+Reader = Callable[[ir.Node, ConstantFolder], Product | None]
+"""Reads a node: the product that it computes; None where it holds no weight.
 
 The shapes of x and W need not fit, and W may have any number of dimensions: that is looked at later. Raises
-MalformedAttributeError for an attribute of another type than the operator's.
+RefusedError where the product cannot be packed, MalformedAttributeError where an attribute has another type than the
+operator's.
 """
 
 FLOAT_READERS: Mapping[tuple[str, str], Reader] = {

@@ -19,7 +19,7 @@ from sparamx_onnx.graph_passes.products import (
     NewNodes,
     Product,
     Reader,
-    Refusal,
+    RefusedError,
     constant_vector,
     only_user,
 )
@@ -28,14 +28,6 @@ from sparamx_onnx.graph_passes.products import (
 _MOVERS = frozenset(
     {"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
-
-
-class _RefusedError(Exception):
-    """Why an operator is no product that can be packed; an exception, as it comes from deep in what is read of it."""
-
-    def __init__(self, reason: Reason, detail: str = "", weight: FoldedConstant | None = None) -> None:
-        super().__init__(detail)
-        self.refusal = Refusal(reason, detail, weight)
 
 
 def has_static_scale(x: ir.Value) -> bool:
@@ -70,7 +62,7 @@ def _codes(node: ir.Node, index: int, folder: ConstantFolder) -> FoldedConstant 
         return folded if len(folded.shape) >= 2 else None
     if folded is None or folded.reason is Reason.TWO_ACTIVATIONS:
         return None
-    raise _RefusedError(folded.reason, folded.detail)
+    raise RefusedError(folded.reason, folded.detail)
 
 
 def _weight(
@@ -84,7 +76,7 @@ def _weight(
     n = _columns(codes)
     zero_point = _constant(zero, folder)
     if scale is None or (zero is not None and zero_point is None):
-        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
+        raise RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
     weight = dequantized(
         codes, _flat(scale, n), None if zero_point is None else _flat(zero_point, n), axis=1, block=0,
         what=f"the {node.op_type} node '{node.name}'",
@@ -94,13 +86,13 @@ def _weight(
 
 def _columns(codes: FoldedConstant) -> int:
     if len(codes.shape) != 2:
-        raise _RefusedError(Reason.WEIGHT_NOT_2D, f"Its shape is {list(codes.shape)}.", codes)
+        raise RefusedError(Reason.WEIGHT_NOT_2D, f"Its shape is {list(codes.shape)}.", codes)
     return codes.shape[1]
 
 
 def _understood(weight: FoldedConstant | NotConstant, codes: FoldedConstant) -> FoldedConstant:
     if isinstance(weight, NotConstant):
-        raise _RefusedError(weight.reason, weight.detail, codes)
+        raise RefusedError(weight.reason, weight.detail, codes)
     return weight
 
 
@@ -172,21 +164,21 @@ def _read_matmul_nbits(node: ir.Node, folder: ConstantFolder, codes: FoldedConst
     block = int_attribute(node, "block_size", 0)
     x, scales, zeros = _input(node, 0), _constant(_input(node, 2), folder), _input(node, 3)
     if x is None or k <= 0 or n <= 0 or block <= 0:
-        raise _RefusedError(Reason.MALFORMED_NODE, "An input or one of K, N and block_size is missing.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, "An input or one of K, N and block_size is missing.", codes)
     if bits not in (2, 4, 8):
-        raise _RefusedError(Reason.QUANTIZED_WEIGHT, f"Its codes have {bits} bits.", codes)
+        raise RefusedError(Reason.QUANTIZED_WEIGHT, f"Its codes have {bits} bits.", codes)
     if _input(node, 4) is not None or int_attribute(node, "weight_prepacked", 0):
-        raise _RefusedError(
+        raise RefusedError(
             Reason.QUANTIZED_WEIGHT, "Its inputs are in another order (g_idx, or packed for a device).", codes
         )
     if scales is None:
-        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
+        raise RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
     blocks = -(-k // block)
     bytes_per_row = blocks * (block * bits // 8)
     if codes.dtype != ir.DataType.UINT8 or math.prod(codes.shape) != n * bytes_per_row:
-        raise _RefusedError(Reason.MALFORMED_NODE, f"Its codes have the shape {list(codes.shape)}.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, f"Its codes have the shape {list(codes.shape)}.", codes)
     if math.prod(scales.shape) != n * blocks:
-        raise _RefusedError(Reason.MALFORMED_NODE, f"Its scales have the shape {list(scales.shape)}.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, f"Its scales have the shape {list(scales.shape)}.", codes)
     weight = dequantized(
         codes.with_step(Unpacked(bits, (n, k)), (n, k), ir.DataType.UINT8),
         scales.with_step(Reshaped((n, blocks)), (n, blocks), scales.dtype),
@@ -206,20 +198,20 @@ def _nbits_zero(
         return 1 << (bits - 1)
     constant = _constant(zeros, folder)
     if constant is None:
-        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its zero points are computed at run time.", codes)
+        raise RefusedError(Reason.QUANTIZED_WEIGHT, "Its zero points are computed at run time.", codes)
     rows, blocks = shape
     if constant.dtype == ir.DataType.UINT8 and math.prod(constant.shape) == rows * -(-blocks * bits // 8):
         return constant.with_step(Unpacked(bits, shape), shape, ir.DataType.UINT8)
     if constant.dtype != ir.DataType.UINT8 and math.prod(constant.shape) == rows * blocks:
         return constant.with_step(Reshaped(shape), shape, constant.dtype)
-    raise _RefusedError(Reason.MALFORMED_NODE, f"Its zero points have the shape {list(constant.shape)}.", codes)
+    raise RefusedError(Reason.MALFORMED_NODE, f"Its zero points have the shape {list(constant.shape)}.", codes)
 
 
 def _read_dynamic_quantize_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) -> Product:
     """DynamicQuantizeMatMul: x, codes [K, N], their scale and zero point, bias."""
     x = _input(node, 0)
     if x is None:
-        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     weight = _weight(node, codes, _constant(_input(node, 2), folder), _input(node, 3), folder)
     bias = _bias(node, 4, weight, codes, folder)
     return Product((node,), x, weight, bias=bias, takes_add=bias is None, output=node.outputs[0])
@@ -232,7 +224,7 @@ def _bias(
         return None
     constant = constant_vector(_input(node, index), weight.shape[1], folder, rank=1, dtype=weight.dtype)
     if constant is None:
-        raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+        raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
     return Bias(constant)
 
 
@@ -240,12 +232,12 @@ def _read_matmul_integer_to_float(node: ir.Node, folder: ConstantFolder, codes: 
     """MatMulIntegerToFloat: codes of x, codes [K, N], both scales, both zero points, bias."""
     a, a_scale, a_zero = (_input(node, index) for index in (0, 2, 4))
     if a is None or a_scale is None:
-        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     weight = _weight(node, codes, _constant(_input(node, 3), folder), _input(node, 5), folder)
     bias = _bias(node, 6, weight, codes, folder)
     x = _dynamic_source(a, a_scale, a_zero)
     if x is None and not (_is_scalar(a_scale) and _is_scalar(a_zero)):
-        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     return Product(
         (node,), a if x is None else x, weight, bias=bias, takes_add=bias is None, output=node.outputs[0],
         before=_codes_before(a_scale, a_zero) if x is None else None,
@@ -259,39 +251,39 @@ def _read_matmul_integer(node: ir.Node, folder: ConstantFolder, codes: FoldedCon
     """MatMulInteger, an Add of int32 or not, a Cast to float32, and a Mul by the product of both scales."""
     a, a_zero = _input(node, 0), _input(node, 2)
     if a is None:
-        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     n = _columns(codes)
     nodes, integer_bias = [node], None
     cast = only_user(node.outputs[0])
     if cast is not None and cast.op_type == "Add" and cast.domain == "":
         integer_bias = _constant(_other_input(cast, node.outputs[0]), folder)
         if integer_bias is None or integer_bias.dtype != ir.DataType.INT32 or not _is_row(integer_bias, n):
-            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+            raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
         nodes.append(cast)
         cast = only_user(cast.outputs[0])
     mul = None if cast is None or not _casts_to_float(cast) else only_user(cast.outputs[0])
     if cast is None or mul is None or mul.op_type != "Mul" or mul.domain != "" or len(mul.inputs) != 2:
-        raise _RefusedError(
+        raise RefusedError(
             Reason.QUANTIZED_WEIGHT, "Its integers are not turned into floats by a Cast and a Mul that follow.", codes
         )
     nodes += [cast, mul]
     factor = _other_input(mul, cast.outputs[0])
     dynamic_scale, scale = _scales_of_factor(factor, folder)
     if scale is None or not _is_row(scale, n):
-        raise _RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
+        raise RefusedError(Reason.QUANTIZED_WEIGHT, "Its scales are computed at run time.", codes)
     weight = _weight(node, codes, scale, _input(node, 3), folder)
     x = _dynamic_source(a, dynamic_scale, a_zero)
     if x is not None:
         if integer_bias is not None:
             # It is a multiple of a scale that changes from run to run.
-            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+            raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
         return Product(tuple(nodes), x, weight, output=mul.outputs[0])
     if not (_is_scalar(a_zero) and _is_scalar(dynamic_scale)):
-        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     bias = None
     if integer_bias is not None:
         if dynamic_scale is not None:
-            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+            raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
         bias = _integer_bias(node, integer_bias, scale, codes)
     before = _codes_before(1.0 if dynamic_scale is None else dynamic_scale, a_zero)
     return Product(tuple(nodes), a, weight, bias=bias, takes_add=bias is None, output=mul.outputs[0], before=before)
@@ -326,7 +318,7 @@ def _integer_bias(node: ir.Node, bias: FoldedConstant, scale: FoldedConstant, co
     ]
     numbers = dequantized(flat[0], flat[1], None, axis=0, block=0, what=f"the {node.op_type} node '{node.name}'")
     if isinstance(numbers, NotConstant):
-        raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+        raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
     return Bias(numbers)
 
 
@@ -344,10 +336,10 @@ def _read_qlinear_matmul(node: ir.Node, folder: ConstantFolder, codes: FoldedCon
     a, a_scale, a_zero = (_input(node, index) for index in (0, 1, 2))
     y_scale, y_zero = _input(node, 6), _input(node, 7)
     if a is None or a_scale is None or y_scale is None:
-        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     weight = _weight(node, codes, _constant(_input(node, 4), folder), _input(node, 5), folder)
     if not all(_is_scalar(value) for value in (a_scale, a_zero, y_scale, y_zero)):
-        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     return Product(
         (node,), a, weight, takes_add=False, output=node.outputs[0],
         before=_codes_before(a_scale, a_zero), after=_quantize_after(y_scale, y_zero),
@@ -360,20 +352,20 @@ def _read_qgemm(node: ir.Node, folder: ConstantFolder, codes: FoldedConstant) ->
     scale, y_scale = _constant(_input(node, 4), folder), _input(node, 7)
     single = _single(a_scale, folder)
     if a is None or a_scale is None or scale is None:
-        raise _RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
+        raise RefusedError(Reason.MALFORMED_NODE, "An input is missing.", codes)
     if int_attribute(node, "transA", 0):
-        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1.", codes)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has transA = 1.", codes)
     if len(codes.shape) == 2 and int_attribute(node, "transB", 0):
         codes = codes.transposed()
     weight = _weight(node, codes, scale, _input(node, 5), folder)
     if not all(_is_scalar(value) for value in (a_scale, a_zero, y_scale, _input(node, 8))):
-        raise _RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its activations have a scale per row.", codes)
     alpha = float_attribute(node, "alpha", 1.0)
     bias = None
     if _input(node, 6) is not None:
         integers = _constant(_input(node, 6), folder)
         if integers is None or single is None or not _is_row(integers, weight.shape[1]):
-            raise _RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
+            raise RefusedError(Reason.UNSUPPORTED_BIAS, weight=codes)
         bias = replace(_integer_bias(node, integers, scale, codes), scale=alpha * single)
     return Product(
         (node,), a, weight, alpha, bias, takes_add=bias is None and y_scale is None, rank=2, output=node.outputs[0],
@@ -390,12 +382,9 @@ def _reader(read: Callable[[ir.Node, ConstantFolder, FoldedConstant], Product], 
         codes: The input that holds the codes.
     """
 
-    def read_node(node: ir.Node, folder: ConstantFolder) -> Product | Refusal | None:
-        try:
-            constant = _codes(node, codes, folder)
-            return None if constant is None else read(node, folder, constant)
-        except _RefusedError as why:
-            return why.refusal
+    def read_node(node: ir.Node, folder: ConstantFolder) -> Product | None:
+        constant = _codes(node, codes, folder)
+        return None if constant is None else read(node, folder, constant)
 
     return read_node
 

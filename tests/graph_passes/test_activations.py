@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
+
+from sparamx_onnx.graph_passes.linear_layers import LinearLayerFinder
 
 K, N = 64, 48
 node = helper.make_node
@@ -101,6 +104,7 @@ LOOK_ALIKES: dict[str, str] = {
         s = Sigmoid t
         y = Mul t s""",
     "leaky relu": "y = LeakyRelu v",
+    "more steps than any": "\n".join(f"n{i} = Neg {f'n{i - 1}' if i else 'v'}" for i in range(12)) + "\ny = Neg n11",
     "x times another's sigmoid": """s = Sigmoid z
         y = Mul v s""",
 }
@@ -195,6 +199,26 @@ def test_a_constant_that_adds_dimensions_is_not_absorbed(workbench, make_model) 
     converted = workbench.convert(proto)
     assert converted.node("m").epilogue == "none"
     assert converted.error(_feeds()) <= EXACT
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        node("Mul", ["v", ""], ["y"]),
+        node("Mul", ["v", "words"], ["y"]),
+        node("Gelu", ["v", "z"], ["y"]),
+        node("Gelu", ["v"], ["y"], approximate="other"),
+        node("Swish", ["v", "z"], ["y"]),
+    ],
+)
+def test_what_is_no_valid_node_is_not_absorbed(make_model, after: onnx.NodeProto) -> None:
+    proto = _model(make_model, "")
+    proto.graph.initializer.append(helper.make_tensor("words", TensorProto.STRING, (), [b"half"]))
+    proto.graph.node.append(after)
+    proto.graph.node[-1].name = "y"
+    (found,) = LinearLayerFinder(ir.from_proto(proto)).find()
+    assert found.layer is not None
+    assert found.plan.epilogue == "none"
 
 
 def test_a_body_that_uses_the_sums(workbench, make_model) -> None:

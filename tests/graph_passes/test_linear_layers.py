@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.linear_layers import LinearLayerFinder, scope_of
+from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.plan import Action, Reason
+from sparamx_onnx.ops.errors import SparamxError
 
 K, N = 70, 45
+MICROSOFT = "com.microsoft"
 node = helper.make_node
 EXACT = 1e-5
 
@@ -383,6 +388,71 @@ def test_refusals_leave_the_model_as_it_was(workbench, make_model, sparse, reaso
         assert not converted.proto.metadata_props
 
 
+@pytest.mark.parametrize(
+    ("nodes", "reason", "words"),
+    [
+        ([node("Gemm", ["x", "z"], ["y"])], Reason.TWO_ACTIVATIONS, ""),
+        ([node("FusedMatMul", ["x", "z"], ["y"], domain=MICROSOFT)], Reason.TWO_ACTIVATIONS, ""),
+        ([node("Attention", ["x", "z", "b"], ["y"], domain=MICROSOFT)], Reason.TWO_ACTIVATIONS, ""),
+        ([node("Einsum", ["x", "w", "w"], ["y"], equation="mk,kn,kn->mn")], Reason.UNSUPPORTED_OPERATOR, "equation is"),
+        ([node("Einsum", ["w", "x"], ["y"], equation="kn,mk->mn")], Reason.WEIGHT_ON_LEFT, "'w'"),
+        ([node("Gemm", ["x", "stack"], ["y"])], Reason.WEIGHT_NOT_2D, "[4, 3, 5]"),
+        ([node("Attention", ["x", "stack"], ["y"], domain=MICROSOFT)], Reason.WEIGHT_NOT_2D, "[4, 3, 5]"),
+        ([node("Gemm", ["x", "w", "doubles"], ["y"])], Reason.UNSUPPORTED_BIAS, ""),
+        ([node("FusedGemm", ["x", "w", "b"], ["y"], domain=MICROSOFT)], Reason.CONVERTED, ""),
+        (
+            [node("Gather", ["stack", "i"], ["g"]), node("MatMul", ["g", "x"], ["y"])],
+            *(Reason.WEIGHT_CHOSEN_AT_RUN_TIME, "'stack'"),
+        ),
+        (
+            [node("Attention", ["x", "w", "b", "", "past"], ["y"], domain=MICROSOFT)],
+            *(Reason.UNSUPPORTED_ATTRIBUTES, "cache"),
+        ),
+        (
+            [node("Attention", ["x", "w", "b"], ["y"], domain=MICROSOFT, qkv_hidden_sizes=[9, 9, 9])],
+            *(Reason.UNSUPPORTED_ATTRIBUTES, f"{N} columns for [9, 9, 9]"),
+        ),
+        ([node("Attention", ["x", "w", "z"], ["y"], domain=MICROSOFT)], Reason.UNSUPPORTED_BIAS, ""),
+        ([node("Identity", [""], ["v"]), node("MatMul", ["x", "v"], ["y"])], Reason.TWO_ACTIVATIONS, ""),
+        ([node("Cast", ["w"], ["v"], to=TensorProto.FLOAT), node("MatMul", ["x", "v"], ["y"])], Reason.CONVERTED, ""),
+        (
+            [node("Constant", [], ["v"]), node("MatMul", ["x", "v"], ["y"])],
+            *(Reason.WEIGHT_NOT_CONSTANT, "no plain tensor"),
+        ),
+        (
+            [node("DequantizeLinear", ["q", ""], ["v"]), node("MatMul", ["x", "v"], ["y"])],
+            *(Reason.MALFORMED_NODE, "'v' has no scales"),
+        ),
+        (
+            [node("DequantizeBFP", ["q", "q", "q"], ["v"], domain=MICROSOFT), node("MatMul", ["x", "v"], ["y"])],
+            *(Reason.QUANTIZED_WEIGHT, "DequantizeBFP node 'v'"),
+        ),
+        (
+            [node("DequantizeLinear", ["q8", "b"], ["v"]), node("MatMul", ["x", "v"], ["y"])],
+            *(Reason.QUANTIZED_WEIGHT, "FLOAT8E4M3FN"),
+        ),
+        (
+            [node("DequantizeLinear", ["q", "doubles"], ["v"]), node("MatMul", ["x", "v"], ["y"])],
+            *(Reason.QUANTIZED_WEIGHT, "scales are DOUBLE"),
+        ),
+        (
+            [node("Identity", ["b1"], ["a1"]), node("Identity", ["a1"], ["b1"]), node("MatMul", ["a1", "w"], ["y"])],
+            *(Reason.CONVERTED, ""),
+        ),
+    ],
+)
+def test_what_becomes_of_odd_products(make_model, sparse, nodes, reason: Reason, words: str) -> None:
+    constants = {
+        "w": sparse((K, N)), "b": _x(N), "stack": sparse((4, 3, 5)), "doubles": np.ones(N),
+        "q": np.ones((K, N), np.int8), "q8": np.ones((K, N), ml_dtypes.float8_e4m3fn),
+    }  # fmt: skip
+    inputs = {"x": (2, K), "z": (K, N), "past": (2, 1, 4, 3, 15)}
+    index = [helper.make_tensor_value_info("i", TensorProto.INT64, [2])]
+    (found,) = _find(make_model(nodes, inputs, ["y"], constants, extra_inputs=index))
+    assert (found.plan.reason, found.layer is None) == (reason, reason is not Reason.CONVERTED)
+    assert words in found.plan.detail
+
+
 def test_shapes_that_do_not_fit(make_model, sparse) -> None:
     """Not a valid model: ONNX Runtime would refuse it, so it must not be made to look right."""
     wrong = make_model([node("MatMul", ["x", "w"], ["y"])], {"x": (2, K + 1)}, ["y"], {"w": sparse((K, N))})
@@ -637,6 +707,36 @@ def test_functions_that_cannot_be_inlined(workbench, make_model, sparse) -> None
     (plan,) = converted.plan
     assert (plan.node, plan.graph, plan.reason) == ("inner", "Linear", Reason.IN_FUNCTION)
     assert converted.error({"x": _x(2, K)}) == 0
+
+
+def _function(
+    name: str, nodes: list[onnx.NodeProto], *, output: str = "c", domain: str = "local"
+) -> onnx.FunctionProto:
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+    return helper.make_function(domain, name, ["a", "b"], [output], nodes, imports)
+
+
+def test_functions_that_are_not_valid_stay(make_model, sparse) -> None:
+    product = node("MatMul", ["a", "b"], ["c"], name="inner")
+    body = helper.make_graph([], "body", [], [])
+    around = [product, node("Linear", ["a", "b"], ["d"], domain="local", name="itself")]
+    for function, attributes in (
+        (_function("Linear", around), {}),
+        (_function("Linear", [product], output="a"), {}),
+        (_function("Linear", [product]), {"body": body}),
+    ):
+        call = node("Linear", ["x", "w"], ["y"], domain="local", **attributes)
+        model = ir.from_proto(make_model([call], {"x": (2, K)}, ["y"], {"w": sparse((K, N))}, functions=[function]))
+        (plan,) = pipeline.run(model, ConvertOptions())
+        assert (plan.node, plan.graph, plan.reason) == ("inner", "Linear", Reason.IN_FUNCTION)
+
+
+def test_a_call_that_does_not_fit_its_function_is_refused(make_model, sparse) -> None:
+    function = _function("Linear", [node("MatMul", ["a", "b"], ["c"], name="inner")])
+    call = node("Linear", ["x", "w", "w"], ["y"], domain="local")
+    model = ir.from_proto(make_model([call], {"x": (2, K)}, ["y"], {"w": sparse((K, N))}, functions=[function]))
+    with pytest.raises(SparamxError, match="functions of the model cannot be inlined"):
+        pipeline.run(model, ConvertOptions())
 
 
 def test_functions_without_products_stay(workbench, make_model, sparse) -> None:
