@@ -107,7 +107,7 @@ def pack_caches(model: ir.Model, plan: Plan, options: ConvertOptions) -> None:
 def prune(
     model: ir.Model, plan: Plan, options: ConvertOptions, runs: Runs, folder: Path, progress: Progress | None = None
 ) -> None:
-    """Prunes by calibration, where the options ask for it; between ``run`` and ``write.save``.
+    """Prunes by calibration, which the options must ask for; between ``run`` and ``write.save``.
 
     Args:
         model: What ``run`` has rewritten.
@@ -120,8 +120,6 @@ def prune(
     Raises:
         SparamxError: ONNX Runtime cannot run the model on the inputs, or a weight cannot be read or pruned.
     """
-    if not options.prunes_by_calibration:
-        return
     pruning = CalibratedPruning(
         with_taken_branches(model, runs),
         runs,

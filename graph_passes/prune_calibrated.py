@@ -160,7 +160,10 @@ class CalibratedPruning:
             _pruner(packed).decide(pruned, self._folder / f"pruned{len(self._errors)}.npy")
 
     def _method_for(self, group: LayerGroup, activations: Activations) -> Wanda | SparseGpt:
-        return SparseGpt(activations, group.k) if self._updates else Wanda(activations, group.k)
+        try:
+            return SparseGpt(activations, group.k) if self._updates else Wanda(activations, group.k)
+        except SparamxError as error:
+            raise SparamxError(f"The weight '{group.weights[0].weight.name}' cannot be pruned: {error}") from error
 
     def _prune(self, packed: PackedWeight, method: Wanda | SparseGpt) -> Weight:
         try:

@@ -67,7 +67,8 @@ def second_moments(rows: Iterable[npt.NDArray[np.float32]], k: int) -> npt.NDArr
     for x in rows:
         for start in range(0, k, _PANEL):
             end = start + _PANEL
-            moments[start:end, start:] += x[:, start:end].T @ x[:, start:]
+            with np.errstate(over="ignore", invalid="ignore"):  # inverse_factor looks at that
+                moments[start:end, start:] += x[:, start:end].T @ x[:, start:]
     return moments
 
 
@@ -85,10 +86,12 @@ def inverse_factor(moments: npt.NDArray[np.float64], damping: float = _DAMPING) 
         ``moments``, whose upper triangle is U; the rest is zero.
 
     Raises:
-        SparamxError: H is not positive definite: an input is infinite or undefined.
+        SparamxError: H is not finite, or not positive definite.
     """
     k = moments.shape[0]
     diagonal = np.einsum("ii->i", moments)
+    if not np.isfinite(moments.sum()):
+        raise SparamxError("The squares of its inputs are beyond float32.")
     mean = float(diagonal.mean())
     # Inputs that are all zero say nothing: every weight is as good as another of its size.
     diagonal[...] += damping * mean if mean > 0 else 1.0

@@ -371,6 +371,42 @@ def test_quantized_weights_are_quantized_anew_where_their_values_change(make_mod
         assert (changed < 1e-5) == keeps
 
 
+def test_nothing_to_prune_is_fine(make_model, tmp_path) -> None:
+    proto = make_model([node("MatMul", ["x", "small"], ["y"])], {"x": ("b", K)}, ["y"], {"small": _weight(K, 8)})
+    model, plan, options = _rewritten(proto)
+    pipeline.prune(model, plan, options, _runs(), tmp_path)
+    (layer,) = plan
+    assert (layer.pruned, layer.error) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("factor", "weight", "why"),
+    [(1e30, 1.0, "The squares of its inputs are beyond float32"), (1.0, np.inf, "It has infinite or undefined values")],
+)
+def test_numbers_that_cannot_be_used_are_refused(make_model, tmp_path, factor: float, weight: float, why: str) -> None:
+    w0 = _weight()
+    w0[3, 4] = weight
+    model, plan, options = _rewritten(_chain(make_model, {"w0": w0}))
+    runs = [{"x": run["x"] * np.float32(factor)} for run in _runs()]
+    with pytest.raises(SparamxError, match=f"The weight 'w0' cannot be pruned: {why}"):
+        pipeline.prune(model, plan, options, runs, tmp_path)
+
+
+def test_a_sequence_between_two_layers_is_refused(make_model, tmp_path) -> None:
+    nodes = [
+        node("SequenceConstruct", ["x", "x"], ["sequence"]),
+        node("MatMul", ["x", "w0"], ["m0"]),
+        node("Softsign", ["m0"], ["s0"]),
+        node("SequenceAt", ["sequence", "first"], ["x2"]),
+        node("Add", ["s0", "x2"], ["a"]),
+        node("MatMul", ["a", "w1"], ["y"]),
+    ]
+    constants = {"w0": _weight(), "w1": _weight(seed=1), "first": np.array(0)}
+    model, plan, options = _rewritten(make_model(nodes, {"x": ("b", "s", K)}, ["y"], constants))
+    with pytest.raises(SparamxError, match="'sequence' is no array of numbers"):
+        pipeline.prune(model, plan, options, _runs(), tmp_path)
+
+
 def test_activations_are_streamed(make_model, tmp_path) -> None:
     """Python holds the activations of one run, not of all runs or layers."""
     proto = _chain(make_model, {f"w{index}": _weight(seed=index) for index in range(4)})

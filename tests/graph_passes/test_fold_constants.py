@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -113,6 +114,12 @@ def test_external_tensors_are_mapped_in_place(workbench, make_model) -> None:
         assert not turned.flags.owndata
         # Nothing is cached in the tensor, so the file is unmapped with the last array.
         assert tensor.raw is None
+
+
+def test_external_tensors_of_half_bytes(workbench, make_model) -> None:
+    values = np.arange(-7, 8).reshape(3, 5).astype(ml_dtypes.int4)
+    path = workbench.save_external(make_model([], {"x": (1,)}, [], {"t": values}, opset=21))
+    np.testing.assert_array_equal(read_tensor(ir.load(path).graph.initializers["t"].const_value), values)
 
 
 def test_empty_external_tensor(workbench) -> None:

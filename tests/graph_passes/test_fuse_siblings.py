@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes.options import ConvertOptions
+from sparamx_onnx.graph_passes.packed_weight import PackedSiblings
 from sparamx_onnx.ops import packing
 
 K = 96
@@ -38,6 +42,15 @@ def attention(make_model, sparse):
         return make_model(nodes, {"x": ("batch", K)}, list(outputs), {**weights, **biases})
 
     return make
+
+
+def test_a_packed_weight_tells_its_size_and_is_shown_without_being_packed(attention) -> None:
+    model = ir.from_proto(attention({"q": 48, "k": 32, "v": 16}))
+    pipeline.run(model, ConvertOptions(fuse_siblings="always"), reading=pipeline.Reading.NOTHING)
+    (packed,) = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, PackedSiblings)]
+    assert "PackedSiblings('" in repr(packed)
+    assert packed._size is None
+    assert packed.shape == ir.Shape([packed.pack().size])
 
 
 def _run(open_session, converted, feeds: dict[str, np.ndarray]) -> list[bytes]:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
 import sparamx_onnx
 from sparamx_onnx import SparamxError
-from sparamx_onnx.graph_passes.pack_cache import PackedCache
+from sparamx_onnx.graph_passes.pack_cache import PackedCache, packed_caches
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 CACHE = {"k_sparsity": 0.25, "v_sparsity": 0.5, "sink": 64, "recent": 3}
@@ -148,6 +149,42 @@ def test_options_of_the_cache_need_a_packed_one_and_are_checked(tmp_path: Path) 
     ):
         with pytest.raises(SparamxError, match=message):
             sparamx_onnx.convert(tmp_path / "model.onnx", tmp_path / "out.onnx", **options)
+
+
+def test_caches_of_an_earlier_conversion_stay(tmp_path: Path) -> None:
+    onnx.save(attention(), tmp_path / "model.onnx")
+    sparamx_onnx.convert(tmp_path / "model.onnx", attention="fast")
+    again = sparamx_onnx.convert(tmp_path / "model.sparse.onnx", attention="packed", dry_run=True)
+    assert [node.reason.value for node in again.plan.attention] == ["already_converted"] * 2
+
+
+def test_attention_without_a_cache_of_a_known_size_has_nothing_to_pack(tmp_path: Path) -> None:
+    node = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["y"], "mha", domain="com.microsoft", num_heads=2)
+    inputs = [value(name, "b", "t", 32) for name in "qkv"]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "g", inputs, [value("y", "b", "t", 32)])
+    _, plans = convert(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path)
+    assert plans[0][0] == "converted"
+    assert "no cache to pack" in plans[0][1]
+    unknown = attention(layers=1, size="d")
+    unknown.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "width"
+    _, plans = convert(unknown, tmp_path)
+    assert plans[0][0] == "converted"
+    assert "does not tell the size of a head" in plans[0][1]
+
+
+def test_names_of_caches_that_are_taken(tmp_path: Path) -> None:
+    model = attention(layers=1)
+    model.graph.input[0].name = model.graph.node[0].input[0] = "past.0.cache"
+    model, _ = convert(model, tmp_path)
+    assert "past.0.cache_packed" in names(model.graph.input)
+
+
+def test_metadata_of_caches_that_the_graph_lacks_are_refused(tmp_path: Path) -> None:
+    model, _ = convert(attention(layers=1), tmp_path)
+    model.graph.input[-1].name = model.graph.node[0].input[5] = "renamed"
+    with pytest.raises(SparamxError, match=r"name past\.0\.cache, which the graph does not have"):
+        packed_caches(ir.from_proto(model))
 
 
 def test_a_dry_run_says_what_becomes_of_the_caches(tmp_path: Path) -> None:

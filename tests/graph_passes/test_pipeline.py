@@ -263,6 +263,9 @@ def test_sparse_initializers_are_refused(make_model) -> None:
     values = numpy_helper.from_array(np.ones(2, np.float32), "w")
     indices = numpy_helper.from_array(np.array([1, 6]), "w_indices")
     proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, (4, 4)))
+    undefined = make_model([node("Neg", ["x"], ["y"])], {"x": (2, 4)}, ["z"], {})
+    with pytest.raises(SparamxError, match=r"Nothing defines the output 'z' of the graph 'graph'"):
+        pipeline.run(ir.from_proto(undefined), ConvertOptions())
     with pytest.raises(SparamxError, match=r"Nothing defines the value 'w' that the node 'y' reads"):
         run(ir.from_proto(proto), ConvertOptions())
 

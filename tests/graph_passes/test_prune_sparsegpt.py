@@ -177,3 +177,8 @@ def test_weights_that_are_not_finite() -> None:
 def test_sparsity_out_of_range() -> None:
     with pytest.raises(SparamxError, match="at least 0 and below 1"):
         SparseGpt([_inputs(20, 4)], 4).prune(_weight(4, 4), 1.0, None)
+
+
+def test_moments_of_nothing_real_are_refused() -> None:
+    with pytest.raises(SparamxError, match="not positive definite"):
+        inverse_factor(-np.eye(4))

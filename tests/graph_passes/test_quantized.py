@@ -180,6 +180,28 @@ def test_codes_that_packed_weights_cannot_hold(
             assert asked.error({"x": _x(3, K)}, optimized=False) <= tolerance
 
 
+def test_codes_of_a_weight_that_is_rounded_later_are_not_kept(workbench, make_model) -> None:
+    nodes = [
+        node("DequantizeLinear", ["q", "s"], ["w"], axis=1),
+        node("Cast", ["w"], ["half"], to=TensorProto.FLOAT16),
+        node("MatMul", ["x", "half"], ["y"]),
+    ]
+    weights = {"q": _INT8.astype(np.int8), "s": _scales(N)}
+    proto = make_model(nodes, {"x": (3, K)}, ["y"], weights, element_type=TensorProto.FLOAT16, opset=21)
+    plan = workbench.convert(proto, weights=None).node("y")
+    assert plan.reason is Reason.QUANTIZED_WEIGHT
+    assert "rounded after" in plan.detail
+    assert workbench.convert(proto, weights="fp32").node("y").action is not Action.LEFT_ALONE
+
+
+def test_codes_between_whole_numbers_are_not_kept(workbench, make_model) -> None:
+    weights = {"p": np.zeros((32, 2, 16), np.uint8), "s": _scales(64), "z": np.full(64, 7.5, np.float32)}
+    attributes = {"K": 64, "N": 32, "bits": 4, "block_size": 32}
+    nodes = [node("MatMulNBits", ["x", "p", "s", "z"], ["y"], domain=MICROSOFT, **attributes)]
+    plan = workbench.convert(make_model(nodes, {"x": (3, 64)}, ["y"], weights), weights=None).node("y")
+    assert plan.reason is Reason.QUANTIZED_WEIGHT
+
+
 def test_malformed_scales(workbench, make_model) -> None:
     for scale, zero, attributes in (
         (_scales(3), None, {"axis": 1}),

@@ -26,6 +26,12 @@ def _layer(make_model, sparse, *, k=128, n=128, weight="w", scope=None, after=()
     return make_model(nodes, {"x": (2, k)}, list(outputs), {weight: sparse((k, n)), **(extra or {})})
 
 
+def test_a_layer_whose_largest_outputs_are_picked_is_spared(make_model, sparse) -> None:
+    top = [node("TopK", ["m", "five"], ["y", "indices"])]
+    proto = _layer(make_model, sparse, n=1100, after=top, extra={"five": np.array([5])})
+    assert _spared(proto) == "Its largest outputs are picked."
+
+
 def test_hidden_layers_are_not_spared(make_model, sparse) -> None:
     hidden = [node("Sqrt", ["m"], ["y"])]
     names = [

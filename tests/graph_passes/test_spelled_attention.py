@@ -220,6 +220,50 @@ def _changed(name: str, shape: Shape, **options: Any) -> Builder:
     return b
 
 
+def _node(b: Builder, op_type: str) -> onnx.NodeProto:
+    return next(node for node in b.nodes if node.op_type == op_type)
+
+
+def _with_scores(op_type: str, other: str) -> Builder:
+    """Another operand of what is between the product and the Softmax."""
+    b = attention(softcap=True) if op_type == "Div" else attention()
+    b.input("other", ["batch", HEADS, "tokens", "keys"])
+    if op_type == "Add":
+        _node(b, "Softmax").input[0] = "sum"
+        product = _node(b, "MatMul")
+        second = helper.make_node("MatMul", list(product.input), ["second"], "second")
+        b.nodes[-2:-2] = [second, helper.make_node("Add", [product.output[0], "second"], ["sum"], "sum")]
+    else:
+        _node(b, op_type).input[1] = other
+    return b
+
+
+def _attribute(op_type: str, name: str, value: Any) -> Builder:
+    b = attention()
+    _node(b, op_type).attribute[0].CopyFrom(helper.make_attribute(name, value))
+    return b
+
+
+def _tiny() -> Builder:
+    b = attention(scale="both")
+    for name, array in b.constants.items():
+        if array.dtype == np.float32:
+            b.constants[name] = np.array(1e-30, np.float32)
+    return b
+
+
+def _turned_with(**attributes: Any) -> Builder:
+    """Flat keys whose Transpose or whose cuts of the shape are others."""
+    b = attention(turn="flat")
+    if "perm" in attributes:
+        _node(b, "Transpose").attribute[0].CopyFrom(helper.make_attribute("perm", attributes["perm"]))
+    if "cut" in attributes:
+        _node(b, "Slice").input[1] = "key"
+    if "part" in attributes:
+        _node(b, "Concat").input[1] = "key"
+    return b
+
+
 def _over_heads() -> Builder:
     b = attention()
     (node,) = [node for node in b.nodes if node.op_type == "Softmax"]
@@ -240,6 +284,14 @@ def test_what_is_not_understood_stays() -> None:
         (_somebody_reads("Softmax"), "unsupported_output", "softmax"),
         (_somebody_reads("Add"), "unsupported_output", "add"),
         (_over_heads(), "unsupported_attributes", "another dimension"),
+        (_attribute("Softmax", "axis", "last"), "malformed_node", "'axis' of the Softmax node"),
+        (_with_scores("Mul", "other"), "unsupported_input", "What makes its scores"),
+        (_with_scores("Add", "second"), "unsupported_input", "A sum of its scores"),
+        (_with_scores("Div", "other"), "unsupported_attributes", "softcap is not understood"),
+        (_tiny(), "unsupported_attributes", "scale is no number"),
+        (_turned_with(perm=[0, 1, 2]), "unsupported_input", "keys are turned"),
+        (_turned_with(cut=True), "unsupported_input", "keys are turned"),
+        (_turned_with(part=True), "unsupported_input", "keys are turned"),
         (_turned_otherwise(), "unsupported_input", "keys are turned"),
         (_changed("query", [1, HEADS, "tokens", SIZE]), "unknown_shape", "may not fit each other"),
         (_changed("query", ["batch", "heads", "tokens", SIZE]), "unknown_shape", "number of heads"),
@@ -259,6 +311,51 @@ def test_shapes_that_are_not_known_keep_it() -> None:
     model.graph.input[0].type.tensor_type.ClearField("shape")
     (plan,) = pipeline.run(ir.from_proto(model), ConvertOptions(attention="fast")).attention
     assert (plan.reason.value, "that of the query" in plan.text) == ("unknown_shape", True)
+
+
+def test_other_types_keep_it() -> None:
+    model = attention().model()
+    model.graph.input[2].type.tensor_type.elem_type = TensorProto.FLOAT16
+    (plan,) = pipeline.run(ir.from_proto(model), ConvertOptions(attention="fast")).attention
+    assert (plan.reason.value, "value is" in plan.text) == ("unsupported_dtype", True)
+
+
+@pytest.mark.parametrize("between", ["Where", "Tanh"])
+def test_what_is_between_may_make_it_none(between: str) -> None:
+    b = attention(nan=True)
+    if between == "Where":
+        _node(b, "IsNaN").input[0] = "query"
+    else:  # so many that nobody writes them
+        scores = _node(b, "Softmax").input[0]
+        for _ in range(9):
+            scores = b.add("Tanh", [scores])
+        _node(b, "Softmax").input[0] = scores
+        b.nodes.sort(key=lambda node: node.op_type != "Tanh" and node.name > "softmax")
+    assert pipeline.run(ir.from_proto(b.model()), ConvertOptions(attention="fast")).attention == []
+
+
+@pytest.mark.parametrize(
+    ("op_type", "shape"),
+    [("Expand", None), ("Expand", ["batch", 2, "times", "keys", SIZE]), ("Unsqueeze", ["batch", 2, 1, "keys"])],
+)
+def test_repeated_heads_that_are_not_known_stay_repeated(op_type: str, shape: Shape | None) -> None:
+    b = attention(kv_heads=2)
+    b.shapes[_node(b, op_type).output[0]] = shape or []
+    model = b.model()
+    if shape is None:
+        for info in model.graph.value_info:
+            if info.name == _node(b, op_type).output[0]:
+                info.type.tensor_type.ClearField("shape")
+    converted = ir.from_proto(model)
+    (plan,) = pipeline.run(converted, ConvertOptions(attention="fast")).attention
+    assert plan.action is Action.CONVERTED
+    assert "Expand" in [node.op_type for node in converted.graph]
+
+
+def test_pasts_of_different_lengths_stay_apart(workbench) -> None:
+    b = attention(past=True)
+    b.inputs["past_value"] = ["batch", HEADS, "other_past", VALUE_SIZE]
+    assert sorted(workbench.convert(b.model(), attention="fast").op_types) == ["Concat", "Concat", "SparseAMXAttention"]
 
 
 def test_a_softmax_before_a_product_is_no_attention() -> None:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparamx_onnx.graph_passes import pipeline, write
+from sparamx_onnx.graph_passes import mapped, pipeline, write
 from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.ops.errors import SparamxError
 
@@ -119,6 +119,69 @@ def test_layout(source, workbench, layers, open_session) -> None:
         np.testing.assert_array_equal(loaded[name], originals[name])
     for expected, actual in zip(_outputs(open_session, source), _outputs(open_session, saved.model_path), strict=True):
         np.testing.assert_allclose(actual, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_strings_and_what_functions_hold(workbench, make_model, sparse, open_session) -> None:
+    """Strings stay in the model file; a large constant in a body in a function moves."""
+    large = numpy_helper.from_array(np.ones((1, 500), np.float32), "large")
+    bodies = {}
+    for name in ("then_branch", "else_branch"):
+        output = helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, None)
+        inner = node("Identity", ["large"], [f"{name}.out"], name)
+        bodies[name] = helper.make_graph([inner], name, [], [output], [large])
+    function = helper.make_function(
+        "local", "Choice", ["c"], ["r"], [node("If", ["c"], ["r"], "if", **bodies)], [helper.make_opsetid("", 20)]
+    )
+    nodes = [
+        node("Choice", ["c"], ["r"], domain="local"),
+        node("MatMul", ["x", "w"], ["m"]),
+        node("Add", ["m", "r"], ["y"]),
+        node("Identity", ["words"], ["z"]),
+    ]
+    condition = [helper.make_tensor_value_info("c", TensorProto.BOOL, ())]
+    proto = make_model(
+        nodes, {"x": (3, K)}, ["y"], {"w": sparse((K, 500))}, functions=[function], extra_inputs=condition
+    )
+    proto.graph.initializer.append(helper.make_tensor("words", TensorProto.STRING, (2,), [b"a", b"b" * 2000]))
+    proto.graph.output.append(helper.make_tensor_value_info("z", TensorProto.STRING, (2,)))
+    converted = workbench.convert(proto)
+    (saved,) = converted.proto.functions
+    holders = [tensor for a in saved.node[0].attribute for tensor in a.g.initializer]
+    assert [tensor.data_location for tensor in holders] == [TensorProto.EXTERNAL] * 2
+    x = np.random.default_rng(0).standard_normal((3, K)).astype(np.float32)
+    y, words = open_session(converted.path).run(None, {"x": x, "c": np.array(True)})
+    np.testing.assert_allclose(y, x @ sparse((K, 500)) + 1, rtol=1e-4, atol=1e-4)
+    assert list(words) == ["a", "b" * 2000]
+
+
+def test_a_list_of_external_tensors_is_refused(workbench, make_model, sparse) -> None:
+    proto = make_model([node("MatMul", ["x", "w"], ["y"])], {"x": (3, K)}, ["y"], {"w": sparse((K, N))})
+    path = workbench.save_external(proto)
+    external = ir.load(path)
+    tensor = external.graph.initializers["w"].const_value
+    model = ir.from_proto(proto)
+    model.graph[0].attributes["several"] = ir.AttrTensors("several", [tensor])
+    with pytest.raises(SparamxError, match="'several' of the node 'y' is a list of external tensors"):
+        write.save(model, workbench.folder / "out.onnx")
+
+
+@pytest.mark.parametrize("change", ["cut", "folder"])
+def test_data_that_changes_while_it_is_read(layers, workbench, monkeypatch, change: str) -> None:
+    """Between the check of a data file and the reading of it."""
+    model = _rewritten(workbench.save_external(layers))
+    checked = mapped.external_range
+
+    def changed(tensor: ir.ExternalTensor) -> tuple[Path, int, int]:
+        path, offset, size = checked(tensor)
+        return (path, offset, size + (1 << 30)) if change == "cut" else (path.parent, offset, size)
+
+    monkeypatch.setattr(write, "external_range", changed)
+    with pytest.raises(SparamxError, match="ends within" if change == "cut" else "cannot be read from"):
+        write.save(model, workbench.folder / "out.onnx")
+    if change == "folder":
+        monkeypatch.setattr(mapped, "external_range", changed)
+        with pytest.raises(SparamxError, match="'keep_me' cannot be read from"):
+            mapped.read_tensor(model.graph.initializers["keep_me"].const_value)
 
 
 def test_the_same_input_gives_the_same_bytes(source, workbench) -> None:
@@ -287,7 +350,7 @@ def test_full_disk(source, workbench) -> None:
 MEASURED_CONVERSION = """
 import json, sys, threading, time
 import numpy, onnx_ir
-from sparamx_onnx.graph_passes import pipeline, write
+from sparamx_onnx.graph_passes import mapped, pipeline, write
 from sparamx_onnx.graph_passes.options import ConvertOptions
 
 def anonymous():
