@@ -261,8 +261,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     type=click.Choice(["keep", "fast", "packed"]),
     default="keep",
     show_default=True,
-    help="fast: replace GroupQueryAttention and MultiHeadAttention by an operator that computes the same and reads each"
-    " key and value once. packed: likewise, with a cache in bf16 that is pruned as it grows old, for DecoderSession.",
+    help="fast: replace attention, one node or spelled out, by an operator that computes the same and reads each key"
+    " and value once. packed: likewise, with a cache in bf16 that is pruned as it grows old, for DecoderSession.",
 )
 @click.option(
     "--k-sparsity",
