@@ -78,11 +78,6 @@ def chosen(words: Words, kept: int) -> npt.NDArray[np.bool_]:
     return keep
 
 
-def pruned(words: Words, kept: int) -> Words:
-    """A block's words with zeros in the place of those that do not stay."""
-    return np.where(chosen(words, kept), words, np.uint16(0))
-
-
 def _header(layout: CacheLayout, tokens: int) -> bytes:
     return _HEADER.pack(
         MAGIC, FORMAT_VERSION, BLOCK, layout.key_size, layout.value_size, layout.keys_kept, layout.values_kept,

@@ -58,8 +58,6 @@ def run(arguments: list[str]) -> int:
     except click.UsageError as error:
         context = error.ctx.command_path if error.ctx is not None else "sparamx-onnx"
         _complain(f"{error.format_message().rstrip('.')} (see {context} --help)")
-    except click.ClickException as error:
-        _complain(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted")
         return _INTERRUPTED

@@ -124,8 +124,6 @@ class DecoderSession:
                 f"{path}: no decoder with a cache: it should have input_ids, logits, and past and present"
             )
         for name, value in self._inputs.items():
-            if name not in _FED and name not in (cache.past for cache in self._caches):
-                raise SparamxError(f"{path}: a decoder session does not know what to give to the input {name}")
             if name in _FED and not value.type.startswith("tensor(int"):
                 raise SparamxError(f"{path}: {name} should be int32 or int64, and is {value.type}")
 

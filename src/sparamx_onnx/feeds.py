@@ -269,15 +269,11 @@ def _has_batch_axis(value: ir.Value) -> bool:
 
 
 def _dtype(value: ir.Value) -> np.dtype[Any]:
-    if value.dtype is None or value.dtype in (ir.DataType.STRING, ir.DataType.BFLOAT16, ir.DataType.UNDEFINED):
-        shown = "no type" if value.dtype is None else f"type {value.dtype.name.lower()}"
-        raise SparamxError(f"input '{value.name}' has {shown}, for which no input can be made")
-    try:
-        dtype = np.dtype(value.dtype.numpy())
-    except TypeError as error:
-        raise SparamxError(f"input '{value.name}' has a type for which no input can be made") from error
+    if value.dtype is None or value.dtype == ir.DataType.UNDEFINED:
+        raise SparamxError(f"input '{value.name}' has no type, so no input can be made")
+    dtype = np.dtype(value.dtype.numpy())
     if dtype.kind not in "biuf":
-        raise SparamxError(f"input '{value.name}' has type {dtype.name}, for which no input can be made")
+        raise SparamxError(f"input '{value.name}' has type {value.dtype.name.lower()}, for which no input can be made")
     return dtype
 
 

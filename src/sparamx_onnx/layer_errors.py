@@ -141,9 +141,7 @@ def _alone(probe: _Probe, model: ir.Model) -> onnx.ModelProto:
     graph = proto.graph
     graph.name = "layer"
     graph.node.append(ir.serde.serialize_node(probe.node))
-    for value in probe.node.inputs:
-        if value is None:
-            continue
+    for value in (value for value in probe.node.inputs if value is not None):
         if value.is_initializer() and value.const_value is not None:
             graph.initializer.append(ir.serde.serialize_tensor(value.const_value))
         else:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 import sparamx_onnx
 from sparamx_onnx import cli
@@ -78,6 +78,8 @@ def test_version_and_nothing_at_all(command: Command) -> None:
         ["bench", "missing.onnx"],
         ["bench", "m.onnx", "--batch", "0"],
         ["bench", "m.onnx", "--threads", "many"],
+        ["bench", "m.onnx", "--length", "8", "--prompt", "8"],
+        ["bench", "m.onnx", "--report", "page.html"],
         ["info", "--nonsense"],
     ],
     ids=" ".join,
@@ -105,6 +107,27 @@ def test_a_bug_is_one_sentence_too_and_debug_shows_the_traceback(
     monkeypatch.setenv("SPARAMX_DEBUG", "1")
     assert cli.run(["info"]) == UNUSABLE
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def hungry() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sparamx_onnx.environment.environment", hungry)
+    assert cli.run(["info"]) == UNUSABLE
+    assert capsys.readouterr().err == "error: out of memory.\n"
+
+
+def test_a_bar_is_shown_where_work_takes_long_and_somebody_watches(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sparamx_onnx.progress.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert cli.run(["inspect", str(pair[0])]) == DONE
+    captured = capsys.readouterr()
+    assert "reading weights" in captured.err
+    assert "reading weights" not in captured.out
 
 
 def test_json_is_one_document_and_nothing_else(pair: tuple[Path, Path], tmp_path: Path, command: Command) -> None:
@@ -240,6 +263,26 @@ def test_verify_uses_the_inputs_it_is_given(pair: tuple[Path, Path], tmp_path: P
     assert sparamx_onnx.verify(*pair, inputs={"x": x}).outputs == result.outputs
 
 
+def _with_output(path: Path, value: str, folder: Path, op_type: str | None = None) -> Path:
+    """The model with a further output: a value of it, or what an operator makes of that."""
+    model = onnx.load(path)
+    name = value
+    if op_type is not None:
+        name = "made"
+        model.graph.node.append(helper.make_node(op_type, [value], [name]))
+    model.graph.output.append(onnx.ValueInfoProto(name=name))
+    onnx.save(model, folder / f"{op_type}.onnx")
+    return folder / f"{op_type}.onnx"
+
+
+def _with_input(path: Path, folder: Path) -> Path:
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
+    model.graph.node.append(helper.make_node("Identity", ["more"], ["unused"]))
+    onnx.save(model, folder / "more.onnx")
+    return folder / "more.onnx"
+
+
 def test_verify_refuses_what_does_not_fit(
     pair: tuple[Path, Path], tmp_path: Path, plain: onnx.ModelProto, save: Save, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +297,10 @@ def test_verify_refuses_what_does_not_fit(
         ([pair[0], other], "other.onnx"),
         ([tmp_path / "broken.onnx", pair[1]], "ONNX Runtime cannot run this model"),
         ([*pair, "--tolerance", "-1"], "tolerance"),
+        ([pair[0], _with_output(pair[0], "m0", tmp_path)], "their outputs are y and y, m0"),
+        ([_with_output(pair[0], "m0", tmp_path, "Shape"), pair[1]], "cannot be compared"),
+        ([other, _with_input(other, tmp_path)], "an input 'more' that the other model lacks"),
+        ([_with_output(pair[0], "m0", tmp_path, "SequenceConstruct")] * 2, "output 'made' is no tensor of numbers"),
     ):
         assert cli.run(["verify", *map(str, arguments)]) == UNUSABLE
         captured = capsys.readouterr()

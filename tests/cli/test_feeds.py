@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparamx_onnx.feeds import Feed, check_inputs, is_decoder, plan_feeds, read_npz
+from sparamx_onnx.feeds import Feed, check_inputs, is_decoder, plan_feeds, read_calibration, read_npz
 from sparamx_onnx.ops.errors import SparamxError
 
 I64, F32 = TensorProto.INT64, TensorProto.FLOAT
@@ -163,11 +163,38 @@ def test_old_models_list_initializers_among_their_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [(TensorProto.STRING, "type string"), (TensorProto.BFLOAT16, "type bfloat16")]
+    ("kind", "shape", "message"),
+    [
+        (TensorProto.STRING, ["n"], "type string"),
+        (TensorProto.BFLOAT16, ["n"], "type bfloat16"),
+        (TensorProto.COMPLEX64, ["n"], "type complex64"),
+        (TensorProto.UNDEFINED, ["n"], "no type"),
+        (F32, None, "no declared shape"),
+    ],
 )
-def test_a_type_that_cannot_be_made_up_is_named(kind: int, message: str) -> None:
+def test_what_cannot_be_made_up_is_named(kind: int, shape: list[int | str | None] | None, message: str) -> None:
     with pytest.raises(SparamxError, match=f"input 'text' has {message}"):
-        plan_feeds(_model([("text", kind, ["n"])]))
+        plan_feeds(_model([("text", kind, shape)]))  # type: ignore[list-item]
+
+
+def test_a_packed_cache_is_left_empty() -> None:
+    inputs: Inputs = [
+        ("input_ids", I64, ["batch", "tokens"]),
+        ("past_key_values.0.cache", TensorProto.UINT8, ["batch", 2, "past_cache_bytes"]),
+        ("mask", I64, ["batch", "tokens + 2"]),
+    ]
+    made = plan_feeds(_model(inputs), batch=3, length=4).make()
+    assert made["past_key_values.0.cache"].shape == (3, 2, 0)
+    assert made["mask"].shape == (3, 6)
+    with pytest.raises(SparamxError, match=r"'past_key_values\.0\.cache' is a packed cache"):
+        plan_feeds(_model(inputs), past=1)
+
+
+def test_arrays_with_different_numbers_of_calibration_runs(tmp_path: Path) -> None:
+    model = _model([("x", F32, ["n", 4]), ("z", F32, ["n", 4])])
+    np.savez(tmp_path / "runs.npz", x=np.zeros((3, 2, 4), np.float32), z=np.zeros((2, 2, 4), np.float32))
+    with pytest.raises(SparamxError, match="its arrays hold different numbers of runs"):
+        read_calibration(tmp_path / "runs.npz", model)
 
 
 def test_inputs_from_a_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from sparamx_onnx.loading import load_model
 from sparamx_onnx.ops.errors import SparamxError
@@ -80,6 +81,64 @@ def test_an_empty_file_a_folder_a_pointer_and_nothing(tmp_path: Path) -> None:
     _refused(tmp_path / "missing.onnx", "cannot be read: No such file")
 
 
+def test_a_file_beyond_what_protobuf_reads(tmp_path: Path) -> None:
+    with (tmp_path / "large.onnx").open("wb") as file:
+        file.truncate(2**31)  # of no blocks on disk
+    _refused(tmp_path / "large.onnx", "larger than 2 GiB")
+
+
+def test_tensors_everywhere_are_looked_at(tmp_path: Path, dense: Path) -> None:
+    """In initializers, attributes, bodies, functions; as raw bytes, as numbers, as strings; dense and sparse."""
+    path = tmp_path / "odd.onnx"
+
+    def tensor(name: str, kind: int = TensorProto.FLOAT, numbers: int = 2) -> onnx.TensorProto:
+        return helper.make_tensor(name, kind, [2], [b"a"] * 2 if kind == TensorProto.STRING else [1] * numbers)
+
+    def model(odd: onnx.TensorProto, where: str) -> onnx.ModelProto:
+        made = onnx.load(dense)
+        made.graph.initializer.append(tensor("words", TensorProto.STRING))
+        body = helper.make_graph([], "body", [], [], [odd])
+        attribute = {
+            "attribute": helper.make_attribute("t", odd),
+            "list": helper.make_attribute("ts", [odd]),
+            "body": helper.make_attribute("g", body),
+            "bodies": helper.make_attribute("gs", [body]),
+        }.get(where)
+        holder = helper.make_node("Odd", [], ["odd"], "odd")
+        holder.attribute.extend([attribute] if attribute is not None else [])
+        if where == "function":
+            holder.attribute.append(helper.make_attribute("t", odd))
+            made.functions.append(helper.make_function("local", "F", [], [], [holder], []))
+        elif where == "sparse":
+            made.graph.sparse_initializer.append(helper.make_sparse_tensor(odd, tensor("i", TensorProto.INT64), [9]))
+        elif where == "initializer":
+            made.graph.initializer.append(odd)
+        else:
+            made.graph.node.append(holder)
+        return made
+
+    for kind in (TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8, TensorProto.DOUBLE, TensorProto.INT4):
+        path.write_bytes(model(tensor("odd", kind), "initializer").SerializeToString())
+        assert "odd" in load_model(path).model.graph.initializers
+    for where in ("initializer", "attribute", "list", "body", "bodies", "function", "sparse"):
+        short = tensor("odd")
+        short.float_data.pop()
+        path.write_bytes(model(short, where).SerializeToString())
+        _refused(path, "tensor 'odd' holds 4 bytes, but its type and shape need 8")
+
+
+def test_an_attribute_that_refers_to_a_function_s_where_there_is_none(tmp_path: Path, dense: Path) -> None:
+    model = onnx.load(dense)
+    inner = helper.make_node("Relu", ["x"], ["inner"], "inside")
+    inner.attribute.add(name="alpha", ref_attr_name="outer", type=onnx.AttributeProto.FLOAT)
+    body = helper.make_graph([inner], "body", [], [])
+    for name, value in (("g", body), ("gs", [body])):
+        made = onnx.ModelProto.FromString(model.SerializeToString())
+        made.graph.node.append(helper.make_node("Odd", [], ["odd"], **{name: value}))
+        (tmp_path / "ref.onnx").write_bytes(made.SerializeToString())
+        _refused(tmp_path / "ref.onnx", "'alpha' of node 'inside' refers to one of a function's")
+
+
 def test_cut_and_foreign_files(tmp_path: Path, dense: Path) -> None:
     content = dense.read_bytes()
     for keep in (len(content) - 1, len(content) // 2, 100, 10):
@@ -138,6 +197,21 @@ def test_a_link_that_leaves_the_folder(split: Path) -> None:
     data.rename(split.parent.parent / "outside.bin")
     data.symlink_to(split.parent.parent / "outside.bin")
     _refused(split, "m.bin is a link that leaves the model's folder")
+
+
+def test_a_name_that_no_file_can_have(split: Path) -> None:
+    _set(split, "location", "n" * 300)
+    _refused(split, "is missing")
+
+
+def test_external_data_without_an_offset_begins_with_the_file(split: Path) -> None:
+    model = onnx.load(split, load_external_data=False)
+    for tensor in model.graph.initializer:
+        entries = [entry for entry in tensor.external_data if entry.key == "location"]
+        del tensor.external_data[:]
+        tensor.external_data.extend(entries)
+    split.write_bytes(model.SerializeToString())
+    assert load_model(split).data_files
 
 
 def test_a_loop_of_links(split: Path) -> None:

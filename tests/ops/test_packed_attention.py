@@ -14,9 +14,10 @@ from onnx import TensorProto, helper
 
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_ATTENTION
-from sparamx_onnx.ops.packed_cache import CacheLayout, CacheOptions
+from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.packed_cache import BLOCK, HEADER_BYTES, CacheLayout, CacheOptions
 from sparamx_onnx.ops.reference_attention import AttentionOptions, sparse_amx_attention
-from sparamx_onnx.ops.reference_packed_cache import from_bf16, packed_attention, to_bf16, unpack_row
+from sparamx_onnx.ops.reference_packed_cache import from_bf16, pack_row, packed_attention, to_bf16, unpack_row
 
 FULL = bool(os.environ.get("SPARAMX_TEST_FULL"))
 SUPPORTED = [level["name"] for level in library.cpu_info()["levels"] if level["supported"]]
@@ -399,3 +400,18 @@ def test_a_buffer_that_is_too_small_is_refused() -> None:
         Exception, match="its cache has 260 tokens, but the buffer given for past and present has room for 255"
     ):
         run(packed_session(options, cache, inputs), inputs, True)
+
+
+def test_damaged_rows_and_caches_of_nothing_are_refused_by_the_reference() -> None:
+    with pytest.raises(SparamxError, match="heads of some size"):
+        CacheLayout(CacheOptions(), 0, 16)
+    layout = CacheLayout(CacheOptions(0.5, 0.5, 0, 0), 16, 16)
+    with pytest.raises(SparamxError, match="No row of a packed cache with these options has 100 bytes"):
+        layout.capacity(100)
+    words = to_bf16(np.random.default_rng(0).standard_normal((2 * BLOCK, 16)).astype(np.float32))
+    row = np.frombuffer(pack_row(layout, words, words, layout.row_bytes(2 * BLOCK)), np.uint8)
+    for at, what in ((HEADER_BYTES, "A bitmap of the packed cache is damaged"), (0, "does not fit its node")):
+        damaged = row.copy()
+        damaged[at] ^= 1
+        with pytest.raises(SparamxError, match=what):
+            unpack_row(layout, damaged)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 
-from sparamx_onnx.ops import reference
+from sparamx_onnx.ops import packing, reference
 from sparamx_onnx.ops.errors import SparamxError
 
 
@@ -102,3 +104,51 @@ def test_unknown_names() -> None:
         reference.sparse_amx_matmul(x, w, epilogue="swish")
     with pytest.raises(SparamxError, match="'int4'"):
         reference.sparse_amx_matmul(x, w, activations="int4")
+
+
+# Where fields of the header stand, and those of the section table that follows it (docs/format.md).
+VERSION_AT, NNZ_AT, WEIGHT_TYPE_AT, SECTIONS_AT, SECTION_BYTES = 8, 48, 56, 128, 24
+
+
+def _with(blob: np.ndarray, at: int, kind: str, value: int) -> bytes:
+    damaged = bytearray(blob.tobytes())
+    struct.pack_into(kind, damaged, at, value)
+    return bytes(damaged)
+
+
+def _section_at(blob: np.ndarray, identifier: int) -> int:
+    found = range(SECTIONS_AT, SECTIONS_AT + 8 * SECTION_BYTES, SECTION_BYTES)
+    return next(at for at in found if struct.unpack_from("<I", blob.tobytes(), at) == (identifier,))
+
+
+@pytest.mark.parametrize(
+    ("weights", "form", "damage", "what"),
+    [
+        ("bf16", "sparse", lambda b: _with(b, VERSION_AT, "<I", 9), "not of format version 1"),
+        ("bf16", "sparse", lambda b: _with(b, WEIGHT_TYPE_AT, "B", 7), "does not read the weight type 7"),
+        (
+            "bf16",
+            "sparse",
+            lambda b: _with(b, SECTIONS_AT + 4, "<I", 1),
+            "Section 1 of the packed weight is out of place",
+        ),
+        ("bf16", "sparse", lambda b: _with(b, _section_at(b, 2) + 16, "<Q", 64), "bitmap of the packed weight"),
+        ("bf16", "sparse", lambda b: _with(b, NNZ_AT, "<Q", 1), "as many values as its bitmap"),
+        ("bf16", "dense", lambda b: _with(b, _section_at(b, 3) + 16, "<Q", 64), "values of the packed weight"),
+        ("int8", "sparse", lambda b: _with(b, _section_at(b, 4) + 16, "<Q", 64), "scales of the packed weight"),
+        (
+            "int8",
+            "dense",
+            lambda b: _with(b, struct.unpack_from("<Q", b.tobytes(), _section_at(b, 6) + 8)[0], "<i", 77),
+            "sums of the packed weight",
+        ),
+    ],
+)
+def test_a_blob_that_breaks_the_format_is_refused(weights: str, form: str, damage, what: str) -> None:
+    w = np.random.default_rng(0).standard_normal((40, 32)).astype(np.float32)
+    w[w < 0] = 0
+    options = packing.PackOptions(packing.WeightType(weights), packing.Form(form))
+    blob = packing.pack(w, options)
+    assert np.allclose(reference.unpack_blob(blob.tobytes()), w, atol=0.05)
+    with pytest.raises(SparamxError, match=what):
+        reference.unpack_blob(damage(blob))
