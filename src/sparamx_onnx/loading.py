@@ -77,8 +77,6 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
 
 
 def _parse(path: Path) -> onnx.ModelProto:
-    if path.is_dir():
-        raise SparamxError(f"{path}: is a folder; name the .onnx file in it")
     try:
         if path.stat().st_size > _LARGEST_PROTOBUF:
             raise SparamxError(f"{path}: larger than 2 GiB, which an ONNX file (without its external data) cannot be")

@@ -21,6 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import sparamx_onnx
 from sparamx_onnx import cli
+from sparamx_onnx.benchmark import quartiles
+from sparamx_onnx.generation_benchmark import bench_generation
 
 Save = Callable[..., Path]
 Mlp = Callable[..., onnx.ModelProto]
@@ -158,6 +160,31 @@ def test_a_worker_that_dies_is_an_error_that_names_its_model(pair: tuple[Path, P
     with pytest.raises(sparamx_onnx.SparamxError, match=r"m.*\.onnx: the process that ran it was killed by SIGKILL"):
         sparamx_onnx.bench(*pair, rounds=3, progress=kill)
     assert not _workers(os.getpid())
+
+
+def test_a_worker_that_fails_says_why(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(sparamx_onnx.SparamxError, match="the process that ran it failed: exit status 1"):
+        sparamx_onnx.bench(pair[0])
+
+
+def test_numbers_that_nothing_can_be_timed_with(pair: tuple[Path, Path]) -> None:
+    for name in ("batch", "length", "threads", "rounds"):
+        with pytest.raises(sparamx_onnx.SparamxError, match=f"{name} is 0; it must be 1 or more"):
+            sparamx_onnx.bench(pair[0], **{name: 0})
+    for options, message in (
+        ({"prompt": 0}, "prompt is 0; it must be 1 or more"),
+        ({"context": -1}, "context is -1; it must be 0 or more"),
+        ({}, "nothing to time without a prompt or a context"),
+        ({"context": 4}, "neither prompt nor context"),
+    ):
+        with pytest.raises(sparamx_onnx.SparamxError, match=message):
+            bench_generation(pair[0], **options)
+
+
+def test_quartiles() -> None:
+    assert quartiles([3.0]) == (3.0, 3.0)
+    assert quartiles([1.0, 2.0, 3.0]) == (1.5, 2.5)
 
 
 def test_models_that_cannot_be_timed(

@@ -76,6 +76,9 @@ def test_an_empty_file_a_folder_a_pointer_and_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.onnx").touch()
     _refused(tmp_path / "empty.onnx", "is empty")
     _refused(tmp_path, "is a folder")
+    (tmp_path / "genai_config.json").mkdir()
+    with pytest.raises(SparamxError, match=r"genai_config\.json: cannot be read: Is a directory"):
+        load_model(tmp_path)
     (tmp_path / "lfs.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     _refused(tmp_path / "lfs.onnx", "Git LFS pointer", "git lfs pull")
     _refused(tmp_path / "missing.onnx", "cannot be read: No such file")

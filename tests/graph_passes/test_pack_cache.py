@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 import sparamx_onnx
 from sparamx_onnx import SparamxError
 from sparamx_onnx.graph_passes.pack_cache import PackedCache, packed_caches
+from sparamx_onnx.reports import inspection_text
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 CACHE = {"k_sparsity": 0.25, "v_sparsity": 0.5, "sink": 64, "recent": 3}
@@ -191,3 +192,27 @@ def test_a_dry_run_says_what_becomes_of_the_caches(tmp_path: Path) -> None:
     onnx.save(attention(), tmp_path / "model.onnx")
     plan = sparamx_onnx.convert(tmp_path / "model.onnx", attention="packed", dry_run=True).plan
     assert [node.reason.value for node in plan.attention] == ["packed"] * 2
+
+
+def test_inspection_and_comparison_of_packed_caches(tmp_path: Path) -> None:
+    model, _ = convert(attention(), tmp_path, **CACHE)
+    text = inspection_text(sparamx_onnx.inspect(tmp_path / "out.onnx"))
+    assert "Packed caches: 2; 25% of the keys' numbers and 50% of the values' are pruned" in text
+    assert "but for the first 64 and the last 3 tokens" in text
+    inputs = {value.name: np.zeros((1, 1, 64), np.float32) for value in model.graph.input[:1]}
+    inputs |= {name: np.zeros((1, 1, 32), np.float32) for name in "kv"}
+    inputs |= {"lengths": np.zeros(1, np.int32), "total": np.array(1, np.int32)}
+    inputs |= {name: np.zeros((1, KV_HEADS, 0, SIZE), np.float32) for name in names(attention().graph.input)[5:]}
+    with pytest.raises(SparamxError, match="have no input_ids to begin them with"):
+        sparamx_onnx.verify(tmp_path / "model.onnx", tmp_path / "out.onnx", inputs=inputs)
+    with pytest.raises(SparamxError, match="the tolerance is -1; it must be 0 or more"):
+        sparamx_onnx.verify(tmp_path / "model.onnx", tmp_path / "out.onnx", tolerance=-1)
+
+
+def test_a_damaged_record_of_the_conversion_is_left_out(tmp_path: Path) -> None:
+    model, _ = convert(attention(), tmp_path)
+    for entry in model.metadata_props:
+        if entry.key == "sparamx.options":
+            entry.value = "{"
+    onnx.save(model, tmp_path / "damaged.onnx")
+    assert list(sparamx_onnx.inspect(tmp_path / "damaged.onnx").record) == ["version"]

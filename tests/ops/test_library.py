@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
+import sparamx_onnx
 from sparamx_onnx.ops import library, packing
-from sparamx_onnx.ops.errors import SparamxError
+from sparamx_onnx.ops.errors import SparamxError, in_one_sentence
 
 
 def test_the_installed_library_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +42,21 @@ def test_no_library_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_installed_places", lambda: iter([Path("/nowhere/lib.so")]))
     with pytest.raises(SparamxError, match="is not installed with sparamx_onnx"):
         library.get_library_path()
+
+
+def test_sources_on_a_path_have_neither_a_library_nor_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert [path.name for path in library._installed_places()] == [library.LIBRARY_NAME]
+    assert sparamx_onnx.__version__ == "0+unknown"
+
+
+def test_an_error_of_ours_stays_as_it_is() -> None:
+    with pytest.raises(SparamxError, match=r"^the reason$"), in_one_sentence("what cannot be done"):
+        raise SparamxError("the reason")
 
 
 def test_a_file_that_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

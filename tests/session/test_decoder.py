@@ -232,6 +232,54 @@ def test_what_does_not_fit_is_refused_and_leaves_the_cache_as_it_was(decoder: De
         decoder.generate([[1]], 3, temperature=-1)
 
 
+def growing() -> onnx.ModelProto:
+    """The same, but what it writes is not what it reads, and nothing tells how many logits there are."""
+    model = one_layer()
+    [attention] = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    for index, name in enumerate(list(attention.output[1:]), 1):
+        attention.output[index] = f"{name}.made"
+        model.graph.node.append(helper.make_node("Identity", [f"{name}.made"], [name]))
+    model.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "vocabulary"
+    return model
+
+
+def test_a_cache_that_grows_gives_the_same(paths: dict[str, Path], tmp_path: Path) -> None:
+    onnx.save(growing(), tmp_path / "growing.onnx")
+    shared, grown = (DecoderSession(path, capacity=CAPACITY) for path in (paths["dense"], tmp_path / "growing.onnx"))
+    assert (shared.shares_buffers, grown.shares_buffers) == (True, False)
+    text = tokens(1, 20)
+    for start in (11, 9):  # twice: it must forget what was there
+        assert same(grown.prefill(text[:, :start]), shared.prefill(text[:, :start]))
+        for position in range(start, 20):
+            assert same(grown.step(text[:, position]), shared.step(text[:, position]))
+        assert grown.lengths.tolist() == [20]
+        assert grown.cache_bytes == 2 * KV_HEADS * 20 * SIZE * 4
+        assert shared.cache_bytes == 2 * KV_HEADS * CAPACITY * SIZE * 4
+    for decoder in (grown, shared):
+        decoder.pretend(1, 7)
+        assert decoder.step([3]).shape == (1, VOCAB)
+        assert decoder.lengths.tolist() == [8]
+    grown.reset()
+    assert (grown.batch, grown.cache_bytes) == (0, 0)
+
+
+def test_inputs_and_caches_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    floats, heads = one_layer(), one_layer()
+    for node in floats.graph.node:
+        node.input[:] = ["ids" if name == "input_ids" else name for name in node.input]
+    floats.graph.node.insert(0, helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.INT64))
+    floats.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    for value in (heads.graph.input[2], heads.graph.output[1]):
+        value.type.tensor_type.shape.dim[1].dim_param = "heads"
+    for model, message in (
+        (floats, r"input_ids should be int32 or int64, and is tensor\(float\)"),
+        (heads, r"does not tell how many heads past_key_values\.0\.key has"),
+    ):
+        onnx.save(model, tmp_path / "model.onnx")
+        with pytest.raises(SparamxError, match=message):
+            DecoderSession(tmp_path / "model.onnx")
+
+
 def test_a_capacity_beyond_the_rotary_table_fails_in_a_sentence(paths: dict[str, Path]) -> None:
     decoder = DecoderSession(paths["fast"], capacity=2 * CAPACITY)
     decoder.prefill(tokens(1, CAPACITY))
