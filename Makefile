@@ -29,12 +29,13 @@ test: lint test-cpp test-amx-emulated test-sanitizers test-python
 test-all: export SPARAMX_TEST_FULL = 1
 test-all: lint test-cpp test-amx-emulated test-sanitizers test-threads test-python test-oldest
 
+# Each goes on from the JSON it finds; the full runs, and those beside other engines, are in docs/performance.md.
 bench: build
 	$(BIN)/python benchmarks/kernels.py --quick --json build/benchmarks/kernels.json
 	$(BIN)/python benchmarks/models.py --json build/benchmarks/models.json
 	$(BIN)/python benchmarks/attention.py --json build/benchmarks/attention.json
-	$(BIN)/python benchmarks/packing.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/siblings.py --json build/benchmarks/siblings.json
+	for what in overhead packing memory; do $(BIN)/python benchmarks/$$what.py --json build/benchmarks/$$what.json || exit; done
 
 # What pruning does to models, about an hour; goes on from what benchmarks/measured/decoder_quality.json has. Then tables and
 # charts of docs/ from everything in benchmarks/measured/.

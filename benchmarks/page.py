@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import attention_page
+import costs_page
 import generation_page
 import plots
 import quality_page
@@ -317,6 +318,7 @@ TABLES: dict[str, Callable[[], str]] = (
         )
     }
     | attention_page.TABLES
+    | costs_page.TABLES
     | generation_page.TABLES
     | quality_page.TABLES
 )

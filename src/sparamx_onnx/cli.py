@@ -22,8 +22,8 @@ from sparamx_onnx.ops.errors import SparamxError
 _DEBUG = "SPARAMX_DEBUG"
 _DONE, _FAILED, _UNUSABLE, _INTERRUPTED = 0, 1, 2, 130
 
-# Those that came. A library that is just being imported may make an error of its own of the exception that they raise.
-_signals: list[int] = []
+# How long an interruption waits before it looks again whether a module is still being imported.
+_IMPORT_SECONDS = 0.01
 
 _MAGNITUDE_WARNING = (
     "warning: --method magnitude prunes without looking at any data, and at 50 % it usually ruins a language model;"
@@ -66,9 +66,6 @@ def run(arguments: list[str]) -> int:
     except MemoryError:
         _complain("out of memory")
     except Exception as error:  # the promise of this function: never a traceback unless asked for
-        if _signals:
-            _complain("interrupted")
-            return 128 + _signals[0]
         _complain(
             f"{type(error).__name__}: {' '.join(str(error).split())}: this is a bug in sparamx-onnx;"
             f" run again with {_DEBUG}=1 to see where"
@@ -506,9 +503,22 @@ def _complain(message: str) -> None:
     click.echo(f"error: {message.rstrip('.')}.", err=True)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    # As an exception, so that whatever is being written is cleaned away.
-    _signals.append(number)
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ends the program by an exception, so that whatever is being written is cleaned away.
+
+    Not within an import: native modules abort, or make an error of their own, when an exception meets their
+    initialization.
+    """
+    if _importing(frame):
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, _IMPORT_SECONDS)
+        return
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None

@@ -149,8 +149,17 @@ def staging(output: Path) -> Iterator[Path]:
             yield folder
     finally:
         if folder is not None:
-            with _interruptions_wait():
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        with _interruptions_wait():
+            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # an interruption that came at the end, or before it could wait
+        with _interruptions_wait():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def commit(folder: Path, output: Path, *others: Path) -> None:

@@ -99,6 +99,7 @@ def test_quantized_round_trip(cases, options: PackOptions, form: Form) -> None:
 @pytest.mark.parametrize("options", QUANTIZED[1:], ids=lambda o: f"{o.scale_type}-{o.group_size}")
 def test_int4_scales_are_at_least_as_good_as_the_usual_one(cases, options: PackOptions) -> None:
     """docs/numerics.md: by the one sum of errors never worse than largest weight / -8, by the other hardly."""
+    plain = np.zeros(2)
     for case in cases(30 + options.group_size, 3):
         groups = _groups(case.w, options.group_size)
         largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1, keepdims=True), axis=1)
@@ -112,7 +113,9 @@ def test_int4_scales_are_at_least_as_good_as_the_usual_one(cases, options: PackO
             ours, theirs = ((errors**2 * magnitudes**power).sum(axis=1) for errors in (stored, usual))
             rounding = 1e-6 * np.abs(largest[:, 0]) ** (2 + power)
             assert (ours <= factor * theirs + rounding).all(), f"{case} {power}"
-        assert (stored**2).sum() <= (usual**2).sum() * (1 + 1e-6)
+        # Of a matrix of a few groups it may be larger.
+        plain += [(errors**2).sum(dtype=np.float64) / max((case.w**2).sum(), 1e-30) for errors in (stored, usual)]
+    assert plain[0] <= plain[1] * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("weight_type", [WeightType.INT8, WeightType.INT4])
