@@ -217,7 +217,7 @@ std::string ExpectedPath(const std::string& level, WeightType type) {
   return level == "avx512_bf16" ? "avx512_vbmi2" : level;
 }
 
-// AMX multiplies int4 weights as bf16 numbers where there are more than 32 rows.
+// AMX multiplies int4 weights as bf16 numbers where there are more than 23 rows.
 Activations ExpectedActivations(const std::string& path, WeightType type, uint64_t rows) {
   return type == WeightType::kInt4 && path == "amx" && rows > 23 ? Activations::kBf16 : DefaultActivations(type);
 }
