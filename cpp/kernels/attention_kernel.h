@@ -27,9 +27,10 @@ struct AttentionJob {
   size_t value_size;
   const float* k;  // key t of the call stands at k + t * k_stride; null: `turned` holds the keys already
   const float* v;
-  size_t k_stride, v_stride;  // floats
-  uint32_t first_key;         // the number of key 0 of the call, as `visible` and the biases count
-  size_t keys;                // 1 to kKeyBlock
+  size_t k_stride, v_stride;       // floats
+  const float *ahead_k, *ahead_v;  // what is read next, one number after the other: asked for early; null: nothing
+  uint32_t first_key;              // the number of key 0 of the call, as `visible` and the biases count
+  size_t keys;                     // 1 to kKeyBlock
   const VisibleKeys* visible;
   float softcap;             // 0: none
   const float* const* bias;  // per row, indexed by key number; null: none

@@ -1,8 +1,8 @@
 // One block of keys against one block of rows, for every level. With many rows, keys are turned over so that both
 // products are the same small matrix multiplication (scores = Q K^T, sums += P V); with few, scores are dot products,
-// and the keys and values some way ahead are asked for early: of both a little at every step, as memory gives most to
-// two streams that never pause. Softmax runs along: each row keeps the largest score so far and rescales its sums where
-// a larger one comes.
+// and the keys and values of the next block are asked for early: of both a little at every step, as memory gives most
+// to two streams that never pause. Softmax runs along: each row keeps the largest score so far and rescales its sums
+// where a larger one comes.
 //
 // An Isa has a vector of 16 floats (Vec, Zero, Load, Store, Scale, Multiply: sum + w * broadcast of x[0], MultiplyVec:
 // sum + w * x), Reduce (the sum of each of 16 vectors), Transpose (up to 16 keys x 16 numbers, zeros beyond), Prefetch,
@@ -21,13 +21,9 @@ namespace {
 
 // Up to so many rows, reading keys and values is what takes the time.
 constexpr size_t kFewRows = 8;
-// Keys that are asked for ahead of time then, when work on a block begins: 32 KiB where a key has 128 numbers. Values
-// come half a block after their keys.
-constexpr size_t kAheadKeys = kKeyBlock;
-constexpr size_t kAheadValues = kAheadKeys - kKeyBlock / 2;
 
-// Asks for the lines of keys and values that lie ahead, one after the other. A block's work asks for a little more than
-// a block: what is asked for twice costs next to nothing.
+// Asks for the lines of keys and values that are read next, one after the other. A block's work asks for a little more
+// than a block: what is asked for twice costs next to nothing.
 template <class Isa>
 struct Ahead {
   const float *k, *v;
@@ -228,11 +224,8 @@ template <class Isa>
 void Attend(const AttentionJob& job) {
   float factors[kRowBlock];
   const bool turned = job.k == nullptr, few = job.rows <= kFewRows && !turned;
-  // Where keys and values stand one after the other, the next ones lie behind them.
-  const bool is_reading = few && job.k_stride == job.key_size && job.v_stride == job.value_size;
-  Ahead<Isa> lines = {};
-  if (is_reading) lines = {job.k + kAheadKeys * job.k_stride, job.v + kAheadValues * job.v_stride};
-  Ahead<Isa>* const ahead = is_reading ? &lines : nullptr;
+  Ahead<Isa> lines = {job.ahead_k, job.ahead_v};
+  Ahead<Isa>* const ahead = few && job.ahead_k != nullptr ? &lines : nullptr;
   if (few) {
     DotKeys<Isa>(job, ahead);
   } else {

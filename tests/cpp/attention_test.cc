@@ -164,11 +164,24 @@ Result RunAttention(Problem p, const char* isa, size_t threads) {
 
 std::vector<Case> Cases() {
   return {
-      {1, 4, 1, 1, 700, 128, 128, true, true, true, -1}, {2, 6, 2, 1, 130, 40, 24, true, true, false, -1},
-      {1, 1, 1, 1, 0, 8, 8, true, true, false, -1},      {1, 3, 3, 5, 64, 17, 33, true, false, false, -1},
-      {2, 8, 2, 50, 70, 16, 16, true, true, true, 9},    {1, 7, 1, 40, 0, 72, 80, true, true, false, -1},
-      {1, 9, 1, 1, 1100, 24, 24, true, true, false, 65}, {2, 2, 2, 97, 0, 20, 20, false, false, false, -1},
-      {1, 12, 1, 1, 63, 1, 1, true, true, true, -1},     {1, 2, 1, 100, 31, 130, 15, false, true, false, -1},
+      {1, 4, 1, 1, 700, 128, 128, true, true, true, -1},
+      {2, 6, 2, 1, 130, 40, 24, true, true, false, -1},
+      {1, 1, 1, 1, 0, 8, 8, true, true, false, -1},
+      {1, 3, 3, 5, 64, 17, 33, true, false, false, -1},
+      {2, 8, 2, 50, 70, 16, 16, true, true, true, 9},
+      {1, 7, 1, 40, 0, 72, 80, true, true, false, -1},
+      {1, 9, 1, 1, 1100, 24, 24, true, true, false, 65},
+      {2, 2, 2, 97, 0, 20, 20, false, false, false, -1},
+      {1, 12, 1, 1, 63, 1, 1, true, true, true, -1},
+      {1, 2, 1, 100, 31, 130, 15, false, true, false, -1},
+      // Around the lengths from which on keys are cut into parts.
+      {1, 4, 2, 1, 510, 16, 16, true, true, true, -1},
+      {2, 2, 1, 1, 511, 16, 32, true, false, false, -1},
+      {1, 4, 2, 1, 512, 32, 16, true, true, true, -1},
+      {1, 2, 2, 1, 1022, 16, 16, true, true, true, 600},
+      {1, 2, 2, 2, 1022, 16, 16, true, true, true, -1},
+      {2, 4, 2, 1, 1024, 16, 16, true, true, false, -1},
+      {1, 2, 2, 1, 1535, 16, 16, true, true, true, 700},
   };
 }
 
