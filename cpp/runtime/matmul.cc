@@ -18,6 +18,8 @@ constexpr uint64_t kSpareItemBytes = 256 * 1024;
 // Work items per CPU: threads may be unequal, but every item begins with a cold stream. The host does not say how many
 // threads it has. How strips are shared out does not change a bit of the result, so it may depend on the machine.
 constexpr size_t kItemsPerCpu = 8;
+// With few rows, an item takes at most about so many bytes: 60 us, for which a thread may wait at the end.
+constexpr uint64_t kMostItemBytes = 1024 * 1024;
 // Parts that a product with few strips is cut into along K: fixed, as it changes the order of summation.
 constexpr size_t kKParts = 16;
 // Rows per pass over the weights: a tile is expanded once for all of them. X, or a run of it, is read again for every
@@ -38,6 +40,37 @@ constexpr size_t kSerialPackElements = 32 * 1024;
 // Rows a power of two apart would fall into the same few cache sets.
 size_t UnaliasedStride(size_t bytes) {
   return bytes % 1024 == 0 ? bytes + 64 : bytes;
+}
+
+// The strip at which item `item` of `items` begins, so that items hold about equally many values.
+size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
+  const size_t groups = CeilDiv(w.strips, kStripStep);
+  if (item == 0) return 0;
+  if (item >= items) return w.strips;
+  if (w.form == Form::kDense) return std::min(w.strips, groups * item / items * kStripStep);
+  // Masks are read too, so a strip without values still counts, in units of a value.
+  const uint64_t mask_weight = std::max<uint64_t>(1, w.tiles * MaskBytesPerTile(w.type) * 8 / CodeBits(w.type));
+  auto before = [&](size_t group) {
+    const size_t strip = std::min(w.strips, group * kStripStep);
+    return ValuesBefore(w, strip, 0) + strip * mask_weight;
+  };
+  const uint64_t target = before(groups) / items * item;
+  size_t low = 0, high = groups;
+  while (low < high) {
+    const size_t middle = (low + high) / 2;
+    if (before(middle) < target)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return std::min(w.strips, low * kStripStep);
+}
+
+// Where each of so many items begins, and the last one ends.
+std::vector<size_t> ItemStarts(const PackedView& w, size_t items) {
+  std::vector<size_t> starts;
+  for (size_t item = 0; item <= items; ++item) starts.push_back(FirstStrip(w, item, items));
+  return starts;
 }
 
 }  // namespace
@@ -76,7 +109,9 @@ Status MatMul::Init(const uint8_t* blob, uint64_t blob_size, const Options& opti
     return Status::Invalid("its weight type does not go with these activations");
   element_ = options.element;
   kernel_ = options.kernel;
-  return SetOutputs(options);
+  status = SetOutputs(options);
+  if (status.ok()) item_starts_ = ItemStarts(weights_, PlanFor(1).strip_items);
+  return status;
 }
 
 namespace {
@@ -166,7 +201,9 @@ void MatMul::PlanSplit(Plan* p) const {
   const auto worth = static_cast<size_t>(std::max<uint64_t>(1, work / kItemBytes));
   const size_t pairs = std::max<size_t>(1, CeilDiv(weights_.strips, kStripStep));
   const size_t cpus = CpuCount();
-  const size_t spare = std::min(kItemsPerCpu * cpus, static_cast<size_t>(work / kSpareItemBytes));
+  const size_t most =
+      std::max(kItemsPerCpu * cpus, static_cast<size_t>(p->rows < kBlockedRows ? bytes / kMostItemBytes : 0));
+  const size_t spare = std::min(most, static_cast<size_t>(work / kSpareItemBytes));
   p->strip_items = std::min({worth, pairs, std::max(cpus, spare)});
   const size_t parts = std::min(worth, kKParts) / pairs;
   p->k_parts = p->passes == 1 ? std::max<size_t>(1, std::min(weights_.runs, parts)) : 1;
@@ -190,30 +227,6 @@ size_t MatMul::ScratchBytes(size_t rows) const {
 
 namespace {
 
-// The strip at which item `item` of `items` begins, so that items hold about equally many values.
-size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
-  const size_t groups = CeilDiv(w.strips, kStripStep);
-  if (item == 0) return 0;
-  if (item >= items) return w.strips;
-  if (w.form == Form::kDense) return std::min(w.strips, groups * item / items * kStripStep);
-  // Masks are read too, so a strip without values still counts, in units of a value.
-  const uint64_t mask_weight = std::max<uint64_t>(1, w.tiles * MaskBytesPerTile(w.type) * 8 / CodeBits(w.type));
-  auto before = [&](size_t group) {
-    const size_t strip = std::min(w.strips, group * kStripStep);
-    return ValuesBefore(w, strip, 0) + strip * mask_weight;
-  };
-  const uint64_t target = before(groups) / items * item;
-  size_t low = 0, high = groups;
-  while (low < high) {
-    const size_t middle = (low + high) / 2;
-    if (before(middle) < target)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return std::min(w.strips, low * kStripStep);
-}
-
 struct Call {
   const Level* level;
   const Kernel* kernel;
@@ -221,6 +234,7 @@ struct Call {
   const std::vector<MatMulOutput>* outputs;
   MatMulJob job;  // what all items have in common
   size_t total_rows, passes, pass_rows, strip_items, k_parts;
+  const size_t* item_starts;  // strips; null: not known yet
   const void* x;
   size_t pack_rows;
   void* const* y;
@@ -261,8 +275,9 @@ void MultiplyItem(void* user, size_t item) {
   const PackedView& w = *c.weights;
   const size_t pass = item % c.passes, part = item / c.passes % c.k_parts, strip_item = item / c.passes / c.k_parts;
   const size_t first_row = pass * c.pass_rows;
-  const size_t first_strip = FirstStrip(w, strip_item, c.strip_items);
-  const size_t last_strip = FirstStrip(w, strip_item + 1, c.strip_items);
+  const bool known = c.item_starts != nullptr;
+  const size_t first_strip = known ? c.item_starts[strip_item] : FirstStrip(w, strip_item, c.strip_items);
+  const size_t last_strip = known ? c.item_starts[strip_item + 1] : FirstStrip(w, strip_item + 1, c.strip_items);
   MatMulJob job = c.job;
   job.rows = std::min(c.pass_rows, c.total_rows - first_row);
   job.x = static_cast<const uint8_t*>(job.x) + first_row * job.x_row_bytes;
@@ -321,6 +336,7 @@ void MatMul::Run(const void* x, size_t rows, const void* bias, void* const* y, v
   c.passes = plan.passes;
   c.pass_rows = plan.pass_rows;
   c.strip_items = plan.strip_items;
+  c.item_starts = item_starts_.size() == plan.strip_items + 1 ? item_starts_.data() : nullptr;
   c.k_parts = weights_.k == 0 ? 0 : plan.k_parts;
   c.x = x;
   c.pack_rows = plan.pack_rows;
