@@ -50,38 +50,12 @@ class AttentionMode(StrEnum):
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert, and how.
+    """What to convert, and how: the arguments of ``sparamx_onnx.convert``, which says what they mean and do by default.
+
+    Of an enumeration or a pattern, its text is taken too.
 
     Attributes:
-        method: ``keep`` keeps the zeros that are there. ``magnitude`` sets the smallest weights to zero, which takes no
-            calibration inputs and can ruin a model. ``wanda`` chooses the weights to set to zero by calibration inputs,
-            and ``sparsegpt`` also changes the others to make up for them. ``auto`` is ``sparsegpt`` with calibration
-            inputs and ``keep`` without.
-        sparsity: The share of zeros that pruning aims at, at least 0 and below 1; None takes 0.5. Only for methods that
-            prune, without a pattern.
-        pattern: ``N:M`` (2:4, 4:8): of M consecutive weights of an output along K at most N are not zero. Only for
-            methods that prune.
-        allocation: ``uniform`` gives every pruned weight the same sparsity. ``sensitivity`` measures for which layers
-            the model's outputs suffer less and gives them more of the zeros; for calibrated methods without a pattern.
-        calibrated: Whether there are calibration inputs, which ``prune`` is then given.
-        weights: The type of the packed weights: fp32, bf16, int8 or int4. The latter two quantize the weights when they
-            are packed (after pruning, so zeros stay zeros), and the activations when the model runs. None takes bf16,
-            but leaves weights that are quantized already in int8 or int4.
-        group_size: int4 only: weights along K that share a scale, one of 16, 32, 64, 128 and 256; None takes 32.
-            Smaller groups are more accurate and larger.
-        scale_type: int4 only: fp16, which None takes, or fp32.
-        include: Regular expressions; if there are any, only layers that one of them matches are converted. They are
-            searched in the names of the node, of the weight and of the module it came from.
-        exclude: Regular expressions; layers, and attention operators by name, that one of them matches are left alone.
-        fuse_siblings: ``auto`` makes one operator of layers with the same input where that was measured to be faster,
-            ``always`` wherever it can be done, ``never`` nowhere.
-        attention: ``keep`` leaves attention operators; ``fast`` replaces those over a float cache by an operator that
-            computes the same; ``packed`` does so, too, and gives it a cache in bf16, pruned as it grows old.
-        k_sparsity: The part of old keys that is pruned, from 0 to below 1; None takes 0.3. This and the next three are
-            for ``packed`` attention only.
-        v_sparsity: The part of old values that is pruned; None takes 0.5.
-        sink: So many first tokens are never pruned; None takes 64.
-        recent: So many last tokens are not pruned yet; None takes 64.
+        calibrated: Whether there are calibration inputs, which ``pipeline.prune`` is then given.
     """
 
     method: Method = Method.AUTO
@@ -122,7 +96,7 @@ class ConvertOptions:
             try:
                 object.__setattr__(self, name, kind(getattr(self, name)))
             except ValueError:
-                choices = ", ".join(kind)
+                choices = ", ".join(choice for choice in kind if choice is not ScaleType.NONE)
                 what = name.replace("_", " ")
                 raise SparamxError(f"The {what} must be one of {choices}, not {getattr(self, name)!r}.") from None
         text: object = self.pattern

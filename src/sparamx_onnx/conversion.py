@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from sparamx_onnx.environment import kernels_here
-from sparamx_onnx.feeds import read_calibration
+from sparamx_onnx.feeds import CalibrationRuns, read_calibration
 from sparamx_onnx.genai_folder import FolderOutput
 from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.fuse_siblings import FuseSiblings
 from sparamx_onnx.graph_passes.options import Allocation, AttentionMode, ConvertOptions, Method
 from sparamx_onnx.graph_passes.plan import Plan
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
-from sparamx_onnx.graph_passes.write import data_path, save
+from sparamx_onnx.graph_passes.write import Saved, data_path, save
 from sparamx_onnx.html_report import report_page
-from sparamx_onnx.loading import load_model
+from sparamx_onnx.loading import LoadedModel, load_model
 from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.packing import ScaleType, WeightType
 from sparamx_onnx.output import FileOutput, check_report, staging, write_error, write_text
@@ -115,25 +115,29 @@ def convert(
             at any data, which usually ruins a language model at 50 %. ``wanda`` and ``sparsegpt`` run the model on
             ``calibration`` and prune layer by layer; the latter changes the weights that stay to make up for the
             others, and is what to use. ``auto`` is ``sparsegpt`` with ``calibration``, and ``keep`` without.
-        sparsity: Share of zeros that pruning leaves behind, per weight; 0.5 if None. Only for methods that prune.
-        pattern: ``2:4`` or ``4:8``: zeros in this pattern along K, in place of a sparsity.
-        allocation: ``uniform``, or ``sensitivity``: layers that suffer less get more of the zeros.
+        sparsity: Share of zeros that pruning leaves behind, per weight, from 0 to below 1; 0.5 if None. Only for
+            methods that prune.
+        pattern: ``2:4`` or ``4:8``, in place of a sparsity: of 4 (8) consecutive weights of an output along K at most 2
+            (4) are not zero.
+        allocation: ``uniform`` gives every pruned weight the same sparsity. ``sensitivity`` measures for which layers
+            the outputs suffer less, and gives them more of the zeros; with ``calibration``, without a pattern.
         calibration: Typical inputs: an ``.npz`` file (see ``feeds.read_calibration``), or a folder of them.
         weights: Type of the packed weights: ``bf16``, ``fp32`` (exact), ``int8`` or ``int4``. The last two quantize
             activations to int8 when the model runs: judge int4 on your own data. By default ``bf16``, but weights
             that are quantized already keep their int8 or int4 codes.
         group_size: Only for ``int4``: weights along K that share a scale, one of 16, 32, 64, 128 and 256; 32 if None.
+            Smaller groups are more accurate and larger.
         scale_type: Only for ``int4``: type of the scales, ``fp16`` (if None) or ``fp32``.
-        include: Regular expressions; if any are given, only layers whose name one of them finds are converted. An
-            output layer, which ``magnitude`` spares, is pruned if it is named here.
-        exclude: Regular expressions; layers and attention operators whose name one of them finds are left alone.
+        include: Regular expressions; if any are given, only layers are converted in whose node's, weight's or module's
+            name one of them is found. What pruning spares, such as an output layer, is pruned if it is named here.
+        exclude: Regular expressions, likewise; layers, and attention operators, that are found are left alone.
         fuse_siblings: Whether layers with the same input, such as query, key and value, become one operator: ``auto``
             where that is faster, ``always`` or ``never``.
         attention: ``fast`` replaces attention operators over a float cache (docs/attention.md); ``keep`` leaves them.
             ``packed`` replaces the graph's caches, too: keys and values become one tensor of bytes, in bf16 and pruned
             as they grow old. ``DecoderSession`` runs such a model; other hosts find the caches described in its
             metadata.
-        k_sparsity: Only for ``packed``: the part of old keys that is pruned; 0.3 if None.
+        k_sparsity: Only for ``packed``: the part of old keys that is pruned, from 0 to below 1; 0.3 if None.
         v_sparsity: Only for ``packed``: the part of old values that is pruned; 0.5 if None.
         sink: Only for ``packed``: so many first tokens are never pruned; 64 if None.
         recent: Only for ``packed``: so many last tokens are not pruned yet; 64 if None.
@@ -152,7 +156,7 @@ def convert(
         # Strings, as ConvertOptions takes them too: it checks them, in words.
         method=cast(Method, method),
         sparsity=sparsity,
-        pattern=None if pattern is None else Pattern.parse(pattern),
+        pattern=cast(Pattern | None, pattern),
         allocation=cast(Allocation, allocation),
         calibrated=calibration is not None,
         weights=cast(WeightType | None, weights),
@@ -185,18 +189,8 @@ def convert(
     saved = None
     if dry_run:
         pipeline.pack_caches(loaded.model, plan, options)
-    if plan.changes and not dry_run:
-        with staging(destination.target) as folder:
-            try:
-                if runs is not None:
-                    pipeline.prune(loaded.model, plan, options, runs, folder, byte_report(progress, "pruning layers"))
-                pipeline.pack_caches(loaded.model, plan, options)
-                saved = save(
-                    loaded.model, destination.model_in(folder), progress=byte_report(progress, "packing weights")
-                )
-                destination.commit(folder, loaded)
-            except OSError as error:
-                raise write_error(destination.target, error) from error
+    elif plan.changes:
+        saved = _write(loaded, plan, options, runs, destination, progress)
     result = ConversionResult(
         model=os.fspath(model),
         output=os.fspath(destination.target) if plan.changes else None,
@@ -215,6 +209,28 @@ def convert(
     if report is not None:
         write_text(Path(report), report_page(result))
     return result
+
+
+def _write(
+    loaded: LoadedModel,
+    plan: Plan,
+    options: ConvertOptions,
+    runs: CalibrationRuns | None,
+    destination: FileOutput | FolderOutput,
+    progress: Report | None,
+) -> Saved:
+    """Prunes a rewritten model by calibration runs, if there are any, packs its weights and moves it into place."""
+    with staging(destination.target) as folder:
+        try:
+            if runs is not None:
+                pipeline.prune(loaded.model, plan, options, runs, folder, byte_report(progress, "pruning layers"))
+            pipeline.pack_caches(loaded.model, plan, options)
+            path = destination.model_in(folder)
+            saved = save(loaded.model, path, progress=byte_report(progress, "packing weights"))
+            destination.commit(folder, loaded)
+        except OSError as error:
+            raise write_error(destination.target, error) from error
+    return saved
 
 
 def _destination(source: Path, output: Path | None) -> FileOutput | FolderOutput:
