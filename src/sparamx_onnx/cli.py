@@ -213,7 +213,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     type=click.Choice(["uniform", "sensitivity"]),
     default="uniform",
     show_default=True,
-    help="sensitivity: with --calibration, measure which layers suffer less, and give them more of the zeros.",
+    help="uniform: all weights get the same share of zeros. sensitivity: with --calibration, measure which layers"
+    " suffer less, and give them more of the zeros.",
 )
 @click.option(
     "--weights",
@@ -225,7 +226,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.option(
     "--group-size",
     type=click.Choice([16, 32, 64, 128, 256]),
-    help="For int4: weights that share a scale. Smaller is more accurate and larger.  [default: 32]",
+    help="For int4: weights of an output, along its inputs, that share a scale. Smaller is more accurate and larger."
+    "  [default: 32]",
 )
 @click.option(
     "--scale-type",
@@ -242,14 +244,15 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     "--exclude",
     metavar="RE",
     multiple=True,
-    help="Leave layers alone whose node, weight or module name matches. Repeatable.",
+    help="Leave layers alone whose node, weight or module name matches, and attention operators by name. Repeatable.",
 )
 @click.option(
     "--fuse-siblings",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
     show_default=True,
-    help="Make one operator of layers with the same input, such as query, key and value. auto: where it is faster.",
+    help="Make one operator of layers with the same input, such as query, key and value. auto: where that was measured"
+    " to be faster.",
 )
 @click.option(
     "--attention",
@@ -295,7 +298,11 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
     metavar="FILE.html",
     help="Write a page with the sizes, zeros and errors of every layer, and what was left alone and why.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be done, how large and how fast it would be; write nothing but --report.",
+)
 @click.option("--force", is_flag=True, help="Replace the output and the report if they exist.")
 @_json_option
 def convert(model: str, output: str | None, method: str, as_json: bool, **options: Any) -> int:

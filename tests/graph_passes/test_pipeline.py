@@ -83,7 +83,7 @@ def test_defaults_of_int4() -> None:
         ({"weights": "int8", "scale_type": "fp16"}, "Only int4 weights take a scale type, not int8 weights"),
         ({"weights": "int4", "group_size": 48}, "group size must be one of 16, 32, 64, 128, 256, not 48"),
         ({"weights": "int4", "group_size": 0}, "not 0"),
-        ({"weights": "int4", "scale_type": "bf16"}, "scale type must be one of none, fp16, fp32, not 'bf16'"),
+        ({"weights": "int4", "scale_type": "bf16"}, "scale type must be one of fp16, fp32, not 'bf16'"),
         ({"weights": "int4", "scale_type": "none"}, "int4 weights need scales; there are fp16 and fp32"),
         ({"weights": "fp64"}, "weights must be one of fp32, bf16, int8, int4, not 'fp64'"),
         ({"attention": "slow"}, "attention must be one of keep, fast, packed, not 'slow'"),
