@@ -84,11 +84,10 @@ def run(
     plan.nodes = [one.plan for one in found if one.plan.action is not Action.LEFT_ALONE or one.node.graph is not None]
     if plan.changes:
         model.metadata_props[VERSION_KEY] = library.version()
-        record = options.to_json()
         kept = {chosen.options.weight_type.value for chosen in chosen if chosen.codes is not None}
         if kept:
-            record[KEPT_KEY] = sorted(kept)
-        model.metadata_props[OPTIONS_KEY] = json.dumps(record, sort_keys=True)
+            plan.options[KEPT_KEY] = sorted(kept)
+        model.metadata_props[OPTIONS_KEY] = json.dumps(plan.options, sort_keys=True)
     return plan
 
 

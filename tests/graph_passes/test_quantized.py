@@ -141,6 +141,7 @@ def test_dequantized_weights_keep_their_codes(
     converted = workbench.convert(proto, weights=None)
     assert converted.op_types == ["SparseAMXMatMul"]
     _kept(converted, "y", w, *kept)
+    assert converted.plan.options["kept"] == [kept[0]]
     constants = ir.from_proto(proto).graph.initializers
     assert converted.node("y").bytes_before == sum(constants[name].const_value.nbytes for name in {*constants} - {"b"})
     assert 0 < converted.error({"x": _x(3, len(w))}, optimized=False) <= DYNAMIC
