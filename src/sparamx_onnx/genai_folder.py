@@ -58,10 +58,10 @@ class FolderOutput:
         check_place(self.target)
         recover(self.target)
         if self.target.exists() or self.target.is_symlink():
-            if not force:
-                raise SparamxError(f"{self.target}: exists already; use --force (force=True) to replace it")
             if self.target.is_symlink() or not (self.target / CONFIG_NAME).is_file():
                 raise SparamxError(f"{self.target}: is no model folder (with {CONFIG_NAME}), so it is not replaced")
+            if not force:
+                raise SparamxError(f"{self.target}: exists already; use --force (force=True) to replace it")
         if self._config.library not in (None, library.LIBRARY_NAME):
             raise SparamxError(
                 f"{self._config.path}: names the operator library {self._config.library} already, and onnxruntime-genai"

@@ -183,8 +183,8 @@ def test_an_existing_folder_is_replaced_only_if_it_is_a_model_and_by_force(
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("precious")
-    for force, message in ((False, "exists already; use --force"), (True, "is no model folder")):
-        with pytest.raises(SparamxError, match=message):
+    for force in (False, True):
+        with pytest.raises(SparamxError, match="is no model folder"):
             sparamx_onnx.convert(folder, output, force=force)
     write_config(output)
     with pytest.raises(SparamxError, match="exists already; use --force"):
