@@ -19,6 +19,9 @@ def inline_functions(model: ir.Model) -> None:
     1. Functions that call each other in a cycle, that import another version of a domain than the model, that take
        graphs as attributes, or that return one of their inputs are not inlined, and nor is any other then.
     2. Values of functions whose names the model has too are renamed.
+
+    Raises:
+        SparamxError: A call does not fit its function.
     """
     if not any(holds_products(function) for function in model.functions.values()) or not _can_be_inlined(model):
         return

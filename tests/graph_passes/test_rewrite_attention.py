@@ -34,6 +34,19 @@ def value_info(name: str, shape: Sequence[int | str], element_type: int = Tensor
     return helper.make_tensor_value_info(name, element_type, shape)
 
 
+def model_of(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    constants: Mapping[str, np.ndarray] | None = None,
+    opset: int = 20,
+) -> onnx.ModelProto:
+    initializers = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+    return helper.make_model(graph, ir_version=10, opset_imports=imports)
+
+
 def decoder(packed: bool, roles: Sequence[str] = (), **attributes: Any) -> onnx.ModelProto:
     """Projections of x, GroupQueryAttention with rotation, and a projection of its output.
 
@@ -73,16 +86,8 @@ def decoder(packed: bool, roles: Sequence[str] = (), **attributes: Any) -> onnx.
         *(value_info(role, shapes[role]) for role in roles if role in shapes),
         *(value_info(role, ["batch", "tokens"], TensorProto.INT64) for role in roles if role == "position_ids"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "decoder",
-        inputs,
-        [value_info("y", ["b", "t", HIDDEN])]
-        + [value_info(name, ["b", KV_HEADS, "total", SIZE]) for name in outputs[1:]],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, ir_version=10, opset_imports=imports)
+    presents = [value_info(name, ["b", KV_HEADS, "total", SIZE]) for name in outputs[1:]]
+    return model_of(nodes, inputs, [value_info("y", ["b", "t", HIDDEN]), *presents], constants)
 
 
 def session(model: Any) -> onnxruntime.InferenceSession:
@@ -243,18 +248,12 @@ def multi_head(
     node = helper.make_node(
         "MultiHeadAttention", names, list(outputs), "attention", domain="com.microsoft", num_heads=2, **attributes
     )
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [
-            value_info(name, shape, types.get(name, TensorProto.FLOAT))
-            for name, shape in inputs.items()
-            if shape is not None
-        ],
-        [value_info(name, [None] * (3 if name == "y" else 4)) for name in outputs],
-    )
-    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, ir_version=10, opset_imports=imports)
+    given = [
+        value_info(name, shape, types.get(name, TensorProto.FLOAT))
+        for name, shape in inputs.items()
+        if shape is not None
+    ]
+    return model_of([node], given, [value_info(name, [None] * (3 if name == "y" else 4)) for name in outputs])
 
 
 MULTI_HEAD: dict[str, Sequence[int | str] | None] = {
@@ -443,9 +442,7 @@ def standard(
         for name, shape in shapes.items()
         if shape is not None
     ]
-    results = [value_info(name, [None] * 4) for name in outputs if name]
-    graph = helper.make_graph([node], "g", inputs, results)
-    return helper.make_model(graph, ir_version=11, opset_imports=[helper.make_opsetid("", 24)])
+    return model_of([node], inputs, [value_info(name, [None] * 4) for name in outputs], opset=24)
 
 
 def test_standard_attention_that_stays() -> None:
@@ -482,12 +479,8 @@ def test_attention_with_weights_is_converted_in_both_steps(workbench, unidirecti
         "Attention", ["x", "weight", "bias"], ["y"], "attention", domain="com.microsoft", num_heads=2,
         unidirectional=unidirectional,
     )  # fmt: skip
-    initializers = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph([node], "g", [x], [y], initializers)
-    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    proto = helper.make_model(graph, ir_version=10, opset_imports=imports)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, s) for name, s in (("x", shape), ("y", None)))
+    proto = model_of([node], [x], [y], {"weight": weight, "bias": bias})
     converted = workbench.convert(proto, weights="fp32", attention="fast")
     assert "SparseAMXAttention" in converted.op_types
     assert "MultiHeadAttention" not in converted.op_types
