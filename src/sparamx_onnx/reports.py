@@ -95,7 +95,7 @@ def inspection_text(result: Inspection) -> str:
     last = f"{result.model}: {size(result.bytes_on_disk)}; {', '.join(counts) or 'no matrix products'}.{record}"
     last += _caches(result)
     if plan.converted:
-        last += f"\nConverted, by default: {size(plan.bytes_before)} -> {size(plan.bytes_after)}."
+        last += f"\nTheir weights, converted by default: {size(plan.bytes_before)} -> {size(plan.bytes_after)}."
     return _paragraphs(*parts, *_left_alone(plan), last + _on_this_cpu(result.kernels))
 
 
