@@ -15,7 +15,7 @@ from sparamx_onnx import DecoderSession
 from sparamx_onnx.models import tinylm
 from sparamx_onnx.models.tinylm import text, train
 from sparamx_onnx.ops.packed_cache import BLOCK, CacheLayout, CacheOptions
-from sparamx_onnx.ops.reference_packed_cache import from_bf16, from_tiles, pruned, to_bf16, to_tiles
+from sparamx_onnx.ops.reference_packed_cache import chosen, from_bf16, from_tiles, to_bf16, to_tiles
 
 WINDOW = 512
 # Logits within this of the largest one, relative to the largest magnitude: the weights' rounding decides between them.
@@ -83,7 +83,8 @@ def pruned_rows(rows: np.ndarray, kept: int, keys: bool) -> np.ndarray:
     for start in range(0, len(rows) - BLOCK + 1, BLOCK):
         block = words[start : start + BLOCK]
         matrix = block.T if keys else block
-        smaller = from_tiles(pruned(to_tiles(matrix), kept), *matrix.shape)
+        words = to_tiles(matrix)
+        smaller = from_tiles(np.where(chosen(words, kept), words, np.uint16(0)), *matrix.shape)
         words[start : start + BLOCK] = smaller.T if keys else smaller
     return from_bf16(words)
 
