@@ -170,7 +170,8 @@ def _fastest(
 ) -> tuple[str, float]:
     """The kernel to take of these levels, and how much faster it is than the highest one's own, which it may be.
 
-    That is the fastest, unless `before`, what the next smaller M takes, or the own one does about as well.
+    That is the fastest, unless `before`, what the next smaller M takes, or the own one does about as well; what is
+    faster for every matrix is better, however little.
     """
     own = _own(times[0], levels, weights)
     faster = {
@@ -181,7 +182,9 @@ def _fastest(
     best = max(faster, key=faster.__getitem__)
     if before is not None and faster[best] < MARGIN * faster[before]:
         best = before
-    return (best, faster[best]) if faster[best] >= MARGIN else (own, 1.0)
+    if faster[best] >= MARGIN or all(cell[best] < cell[own] for cell in times):
+        return best, faster[best]
+    return own, 1.0
 
 
 def regret(cells: Iterable[dict[str, Any]], levels: Sequence[str]) -> list[tuple[float, dict[str, Any], str, str]]:

@@ -24,7 +24,7 @@ from sparamx_onnx.loading import LoadedModel
 from sparamx_onnx.ops.errors import SparamxError
 
 # Within a staging folder.
-_LOCK, _REPLACED = ".lock", ".replaced"
+_LOCK, _REPLACED, _NAMES = ".lock", ".replaced", ".names"
 # A folder without a lock that nobody has changed for so long belongs to no running conversion.
 _SECONDS_WITHOUT_LOCK = 60
 
@@ -179,13 +179,14 @@ def commit(folder: Path, output: Path, *others: Path) -> None:
     """
     new = [path for path in (*others, output) if (folder / path.name).exists()]
     sync(*(folder / path.name for path in new))
+    old = [path for path in (output, *others) if os.path.lexists(path)]
+    (folder / _NAMES).write_bytes(b"\0".join(os.fsencode(path.name) for path in old))
     replaced = folder / _REPLACED
     replaced.mkdir()
     with _interruptions_wait():
         try:
-            for path in (output, *others):
-                if os.path.lexists(path):
-                    path.replace(replaced / path.name)
+            for path in old:
+                path.replace(replaced / path.name)
             for path in new:
                 (folder / path.name).replace(path)
             replaced.rename(folder / f"{_REPLACED}.done")  # from here on it is not to be put back
@@ -264,9 +265,16 @@ def _recover_if_unlocked(folder: Path, output: Path) -> None:
             return
         with (folder / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.lexists(folder / _REPLACED / output.name) and not os.path.lexists(output):
+            if (folder / _REPLACED).exists() and _can_come_back(folder, output):
                 _put_back(folder / _REPLACED, output)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _can_come_back(folder: Path, output: Path) -> bool:
+    """Whether a killed commit left no output, and all that it was to replace is still there, aside or in place."""
+    names = [os.fsdecode(name) for name in (folder / _NAMES).read_bytes().split(b"\0")]
+    places = [(folder / _REPLACED / name, output.with_name(name)) for name in names]
+    return not os.path.lexists(output) and all(any(map(os.path.lexists, pair)) for pair in places)
 
 
 def write_error(output: Path, error: OSError) -> SparamxError:

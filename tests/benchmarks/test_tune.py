@@ -63,9 +63,14 @@ def test_lower_cpus_get_rules_from_lower_levels_only(tune: Any) -> None:
     assert (rule.best, rule.first, rule.last, rule.level) == ("avx512_bf16", 1, None, "avx512_vbmi2")
 
 
-def test_what_is_faster_by_less_than_noise_gets_no_rule(tune: Any) -> None:
+def test_what_is_faster_by_less_than_noise_gets_no_rule_unless_for_every_matrix(tune: Any) -> None:
     times = {"avx512_vbmi2 int8": dict.fromkeys(ROWS, 0.98), "amx int8": dict.fromkeys(ROWS, 1.0)}
-    assert tune.rules(cells("int8", times), LEVELS) == []
+    measured = cells("int8", times)
+    (rule,) = tune.rules(measured, LEVELS)
+    assert (rule.best, rule.first, rule.last, rule.level) == ("amx", 1, None, "avx512_vbmi2")
+    for cell in measured[: len(ROWS)]:
+        cell["seconds"]["avx512_vbmi2 int8"] = 1.01
+    assert tune.rules(measured, LEVELS) == []
 
 
 def test_regret_names_the_matrix_that_the_rules_serve_worst(tune: Any) -> None:

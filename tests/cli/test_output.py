@@ -176,6 +176,16 @@ def test_what_a_killed_run_had_moved_aside_is_back_before_the_next_begins(
     assert all(not path.name.startswith(".") for path in tmp_path.iterdir())
 
 
+def test_a_model_does_not_come_back_without_its_data(tmp_path: Path) -> None:
+    """A run was killed when it had moved the model aside, and somebody has removed the data since."""
+    output = tmp_path / "out.onnx"
+    _write(tmp_path, output, b"old model", b"old data")
+    subprocess.run([sys.executable, "-c", _DIES_IN_COMMIT, output, "1"], check=False, timeout=60)
+    data_path(output).unlink()
+    recover(output)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_complete_run_replaced_never_comes_back(tmp_path: Path) -> None:
     """Not even if the run was killed before it had removed all of it."""
     output = tmp_path / "out.onnx"
