@@ -83,8 +83,8 @@ def pruned_rows(rows: np.ndarray, kept: int, keys: bool) -> np.ndarray:
     for start in range(0, len(rows) - BLOCK + 1, BLOCK):
         block = words[start : start + BLOCK]
         matrix = block.T if keys else block
-        words = to_tiles(matrix)
-        smaller = from_tiles(np.where(chosen(words, kept), words, np.uint16(0)), *matrix.shape)
+        tiles = to_tiles(matrix)
+        smaller = from_tiles(np.where(chosen(tiles, kept), tiles, np.uint16(0)), *matrix.shape)
         words[start : start + BLOCK] = smaller.T if keys else smaller
     return from_bf16(words)
 
