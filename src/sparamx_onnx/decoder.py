@@ -113,6 +113,9 @@ class DecoderSession:
         [self._logits] = [v for v in self._session.get_outputs() if v.name == "logits"] or [None]
         self._caches, self.shares_buffers = _find_caches(path, self._session)
         self._check(path)
+        # Asked of ONNX Runtime once: between two steps little is in the processor's caches, and every question is slow.
+        self._fed = {name: _TYPES[value.type] for name, value in self._inputs.items() if name in _FED}
+        self._logits_type, self._logits_shape = _TYPES[self._logits.type], self._logits.shape
         self.capacity = capacity
         self._binding = self._session.io_binding()
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
@@ -194,7 +197,7 @@ class DecoderSession:
         array = np.asarray(tokens, np.int64)
         if array.ndim != 2 or not array.size:
             raise SparamxError(f"tokens should have the shape [batch, tokens], and have {list(array.shape)}")
-        return self._run(array, np.ones(array.shape, bool))
+        return self._run(array)
 
     def step(self, tokens: Sequence[int] | Tokens) -> Logits:
         """Reads one token for each row, int [batch]; returns the logits after it, float32 [batch, vocab]."""
@@ -268,36 +271,44 @@ class DecoderSession:
             logits = self.step(chosen)
         return rows
 
-    def _run(self, tokens: Tokens, real: npt.NDArray[np.bool_]) -> Logits:
-        """Runs [batch, new] tokens, of which only the ``real`` ones are remembered."""
+    def _run(self, tokens: Tokens, real: npt.NDArray[np.bool_] | None = None) -> Logits:
+        """Runs [batch, new] tokens, of which only the ``real`` ones (without it, all) are remembered."""
         mask = self._mask if self.batch else np.zeros((len(tokens), 0), np.int64)
         if len(tokens) != len(mask):
             raise SparamxError(f"the cache holds {len(mask)} rows, and there are tokens for {len(tokens)}")
-        lengths, past = mask.sum(axis=1), mask.shape[1]
-        if past + tokens.shape[1] > self.capacity:
+        past, total = mask.shape[1], mask.shape[1] + tokens.shape[1]
+        if total > self.capacity:
             raise SparamxError(f"{past} tokens and {tokens.shape[1]} more are above the capacity of {self.capacity}")
-        positions = lengths[:, None] + np.maximum(np.cumsum(real, axis=1) - 1, 0)
-        if self.shares_buffers:  # the operator wants rows without gaps
-            lengths = lengths + real.sum(axis=1)
-            total = lengths.max()
-            mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
+        feeds = {"input_ids": tokens}
+        if real is None and (len(mask) == 1 or mask.all()):  # rows of one length: the way of nearly all steps
+            mask = np.ones((len(mask), total), np.int64)
+            if "position_ids" in self._fed:
+                feeds["position_ids"] = np.arange(past, total) + np.zeros_like(tokens)
         else:
-            mask = np.concatenate([mask, real.astype(np.int64)], axis=1)
-        feeds = {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "seqlens_k": mask.sum(axis=1) - 1,
-            "total_sequence_length": np.array(mask.shape[1]),
-        }
-        logits = self._execute({name: value for name, value in feeds.items() if name in self._inputs})
+            mask, feeds["position_ids"] = self._masked(mask, np.ones(tokens.shape, bool) if real is None else real)
+        feeds["attention_mask"] = mask
+        if "seqlens_k" in self._fed:
+            feeds["seqlens_k"] = mask.sum(axis=1) - 1
+        if "total_sequence_length" in self._fed:
+            feeds["total_sequence_length"] = np.array(mask.shape[1])
+        logits = self._execute(feeds)
         self._mask = mask
         return logits
+
+    def _masked(self, mask: Tokens, real: npt.NDArray[np.bool_]) -> tuple[Tokens, Tokens]:
+        """The mask with new tokens, and their positions, where rows differ in length."""
+        lengths = mask.sum(axis=1)
+        positions = lengths[:, None] + np.maximum(np.cumsum(real, axis=1) - 1, 0)
+        if not self.shares_buffers:
+            return np.concatenate([mask, real.astype(np.int64)], axis=1), positions
+        lengths = lengths + real.sum(axis=1)  # the operator wants rows without gaps
+        return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64), positions
 
     def _execute(self, feeds: Mapping[str, Tokens]) -> Logits:
         """One run; its new keys and values are in the cache afterwards."""
         for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array, _TYPES[self._inputs[name].type]))
+            if name in self._fed:
+                self._binding.bind_cpu_input(name, np.ascontiguousarray(array, self._fed[name]))
         batch, tokens = feeds["input_ids"].shape
         if not self.shares_buffers:
             self._binding.clear_binding_outputs()
@@ -315,12 +326,13 @@ class DecoderSession:
 
     def _bind_logits(self, batch: int, tokens: int) -> npt.NDArray[Any] | None:
         """The array that the run writes to; None where only the run knows how large it is."""
-        name, (_, rows, vocab) = self._logits.name, self._logits.shape
+        _, rows, vocab = self._logits_shape
         if not isinstance(vocab, int):
-            self._binding.bind_output(name)
+            self._binding.bind_output("logits")
             return None
-        logits = np.empty((batch, rows if isinstance(rows, int) else tokens, vocab), _TYPES[self._logits.type])
-        self._binding.bind_output(name, "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        logits = np.empty((batch, rows if isinstance(rows, int) else tokens, vocab), self._logits_type)
+        address = logits.__array_interface__["data"][0]  # a tenth of the time of ctypes.data
+        self._binding.bind_output("logits", "cpu", 0, self._logits_type, logits.shape, address)
         return logits
 
     def _bind_caches(self, batch: int) -> None:
