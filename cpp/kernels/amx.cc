@@ -10,6 +10,7 @@
 //   M > 32   panels of 16 tiles x 2 strips: while every row block multiplies one panel, the next is expanded between
 //            its products, a tile a step; sums pass from panel to panel through an array on the stack
 #include "kernels/amx_tiles.h"
+#include "kernels/avx512_integer.h"
 #include "kernels/expand_vbmi2.h"
 #include "kernels/half.h"
 #include "kernels/pack_rows.h"
@@ -508,7 +509,7 @@ const Level kAmxLevel = {
         {{}, {}, {"amx", 16, RowBytesQuantized, PackRowsQuantized, MultiplyAmx<Int8Tiles>, false}},
         {{},
          {"amx", 16, RowBytesBf16, PackRowsBf16, MultiplyAmx<Int4Tiles>, false},
-         {"amx", 16, RowBytesQuantized, PackRowsQuantized, MultiplyGroups, false}},
+         {"amx", 16, RowBytesQuantized, PackRowsGrouped, MultiplyGroups, false}},
     },
     FinishRows,
     HalvesToFloats,

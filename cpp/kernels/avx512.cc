@@ -160,7 +160,7 @@ const Level kAvx512Level = {
         {{"avx512", 1, RowBytesFp32, PackRowsFp32, MultiplyStrips<Avx512Bf16>, true},
          {"avx512", 1, RowBytesFp32, PackRowsRounded, MultiplyStrips<Avx512Bf16>, true}},
         {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int8, false>, false}},
-        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Avx512Int4, true>, false}},
+        {{}, {}, {"avx512", 1, RowBytesQuantized, PackRowsGrouped, MultiplyQuantized<Avx512Int4, true>, false}},
     },
     FinishRows,
     HalvesToFloats,

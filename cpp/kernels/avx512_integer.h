@@ -30,6 +30,43 @@ struct Avx512Integer : Avx512Base {
   }
 };
 
+// PackRowsQuantized, the same bits, for rows of whole groups of 32: 15 cycles a group instead of 70. The other threads
+// wait for it.
+[[maybe_unused]] void PackRowsGrouped(const PackedView& w, const float* x, size_t rows, void* out,
+                                      size_t out_row_bytes) {
+  if (w.group_size != 32 || w.k % 32 != 0) return PackRowsQuantized(w, x, rows, out, out_row_bytes);
+  const QuantizedRowLayout layout = QuantizedLayout(w);
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), most = _mm512_set1_epi32(127);
+  const auto codes_of = [&](__m512 v, float inverse) __attribute__((always_inline)) {
+    const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(v, _mm512_set1_ps(inverse)), _mm512_set1_ps(12582912.0f));
+    const __m512i codes = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x4b400000));  // see Nearest
+    return _mm512_max_epi32(_mm512_min_epi32(codes, most), _mm512_sub_epi32(_mm512_setzero_si512(), most));
+  };
+  for (size_t m = 0; m < rows; ++m, x += w.k) {
+    uint8_t* const row = static_cast<uint8_t*>(out) + m * out_row_bytes;
+    for (size_t g = 0; g < w.groups; ++g) {
+      const __m512 low = _mm512_loadu_ps(x + g * 32), high = _mm512_loadu_ps(x + g * 32 + 16);
+      const float largest = FloatOfBits(
+          _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(low), magnitude),
+                                                   _mm512_and_si512(_mm512_castps_si512(high), magnitude))));
+      __m512i low_codes = _mm512_setzero_si512(), high_codes = low_codes;
+      float scale = largest < 0x1p-100f ? 0.0f : __builtin_nanf("");
+      if (largest >= 0x1p-100f && largest < __builtin_inff()) {
+        scale = largest / 127.0f;
+        low_codes = codes_of(low, 127.0f / largest);
+        high_codes = codes_of(high, 127.0f / largest);
+      }
+      const int32_t correction =
+          -CodeBias(WeightType::kInt4) * _mm512_reduce_add_epi32(_mm512_add_epi32(low_codes, high_codes));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + g * 32), _mm512_cvtepi32_epi8(low_codes));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + g * 32 + 16), _mm512_cvtepi32_epi8(high_codes));
+      __builtin_memcpy(row + layout.scales_at + g * sizeof scale, &scale, sizeof scale);
+      __builtin_memcpy(row + layout.corrections_at + g * sizeof correction, &correction, sizeof correction);
+    }
+    __builtin_memset(row + w.k, 0, layout.scales_at - w.k);
+  }
+}
+
 #ifdef __AVX512VNNI__
 // vpdpbusd takes unsigned weights, as codes are stored: one instruction per row of X and strip.
 struct Avx512Vnni : Avx512Integer {

@@ -74,7 +74,7 @@ const Level kAvx512Vbmi2Level = {
          {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, false>, false}},
         {{},
          {},
-         {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsQuantized, MultiplyQuantized<Vbmi2Quantized, true>, false}},
+         {"avx512_vbmi2", 1, RowBytesQuantized, PackRowsGrouped, MultiplyQuantized<Vbmi2Quantized, true>, false}},
     },
     FinishRows,
     HalvesToFloats,
