@@ -13,9 +13,12 @@ import onnx_ir as ir
 from sparamx_onnx.graph_passes.packed_weight import PackedSiblings, PackedWeight
 from sparamx_onnx.graph_passes.rewrite_matmul import SUFFIX, Chosen, Names, register_initializer, remove_unused
 from sparamx_onnx.ops.definitions import DOMAIN, SPARSE_AMX_MATMUL, SPLIT_MULTIPLE, Epilogue
+from sparamx_onnx.ops.packing import WeightType
 
 # Between the siblings for which fusing was measured to be faster, and those for which it made no difference.
 _MOST_OUTPUTS_PER_INPUT = 4
+# The same for int4 weights, which take so little time that the work around a product can be seen of larger ones.
+_MOST_INT4_WEIGHTS = 1 << 26
 
 
 class FuseSiblings(StrEnum):
@@ -56,7 +59,7 @@ class FuseSiblingsPass(ir.passes.InPlacePass):
        constants. It is named after all of them and keeps the metadata that they agree on. Its outputs are theirs.
     4. Its packed weight holds theirs side by side, in the order of the outputs. Their biases become one vector, with
        zeros for a sibling that has none; if none has one, there is none.
-    5. ``auto`` leaves alone what ``is_faster`` does not name.
+    5. ``auto`` leaves alone what ``_is_faster`` does not name.
     """
 
     def __init__(self, chosen: Sequence[Chosen], when: FuseSiblings) -> None:
@@ -85,7 +88,7 @@ class FuseSiblingsPass(ir.passes.InPlacePass):
             whole = [sibling for sibling in family if sibling.n % SPLIT_MULTIPLE == 0]
             others = [sibling for sibling in family if sibling.n % SPLIT_MULTIPLE != 0]
             family = whole + others[:1]
-            wanted = self._when is FuseSiblings.ALWAYS or is_faster(family[0].chosen.layer.k, [s.n for s in family])
+            wanted = self._when is FuseSiblings.ALWAYS or _is_faster(family)
             if wanted and len(family) > 1:
                 yield family
 
@@ -103,13 +106,16 @@ class FuseSiblingsPass(ir.passes.InPlacePass):
                 yield _Sibling(node, place, chosen, packed.const_value)
 
 
-def is_faster(k: int, widths: Sequence[int]) -> bool:
-    """Whether fusing layers of K inputs and so many outputs is faster, by the measurements in docs/performance.md.
+def _is_faster(family: Sequence[_Sibling]) -> bool:
+    """Whether fusing these layers is faster, by the measurements in docs/performance.md.
 
     What is saved, sharing out work and packing the input, grows with K; the products grow with K times N. Where all
-    siblings together have many outputs for an input, as gate and up projections do, nothing can be seen of it.
+    siblings together have many outputs for an input, as gate and up projections do, nothing can be seen of it, but with
+    int4 weights in smaller models.
     """
-    return sum(widths) <= _MOST_OUTPUTS_PER_INPUT * k
+    k, n = family[0].chosen.layer.k, sum(sibling.n for sibling in family)
+    is_small = family[0].chosen.options.weight_type is WeightType.INT4 and k * n <= _MOST_INT4_WEIGHTS
+    return is_small or n <= _MOST_OUTPUTS_PER_INPUT * k
 
 
 def _fuse(model: ir.Model, family: Sequence[_Sibling], names: Names) -> None:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparamx_onnx.graph_passes import pipeline
+from sparamx_onnx.graph_passes import fuse_siblings, pipeline
 from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.packed_weight import PackedSiblings
 from sparamx_onnx.ops import packing
@@ -215,10 +215,29 @@ def test_one_form_for_all_siblings(workbench, make_model, sparse) -> None:
         assert converted.error({"x": _x(2)}) <= 1e-5
 
 
-@pytest.mark.parametrize(("widths", "fused"), [((K, 48, 48), True), ((2 * K, 2 * K), True), ((3 * K, 2 * K), False)])
-def test_auto_fuses_what_is_faster(workbench, make_model, sparse, widths: tuple[int, ...], fused: bool) -> None:
+@pytest.mark.parametrize(
+    ("widths", "weights", "fused"),
+    [
+        ((K, 48, 48), "fp32", True),
+        ((2 * K, 2 * K), "fp32", True),
+        ((3 * K, 2 * K), "fp32", False),
+        ((3 * K, 2 * K), "int8", False),
+        ((3 * K, 2 * K), "int4", True),
+    ],
+)
+def test_auto_fuses_what_is_faster(
+    workbench, make_model, sparse, widths: tuple[int, ...], weights: str, fused: bool
+) -> None:
     nodes = [node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(len(widths))]
-    weights = {f"w{i}": sparse((K, n), seed=i) for i, n in enumerate(widths)}
-    proto = make_model(nodes, {"x": (2, K)}, [f"y{i}" for i in range(len(widths))], weights)
-    assert len(workbench.convert(proto).op_types) == (1 if fused else len(widths))
-    assert len(workbench.convert(proto, fuse_siblings="never").op_types) == len(widths)
+    values = {f"w{i}": sparse((K, n), seed=i) for i, n in enumerate(widths)}
+    proto = make_model(nodes, {"x": (2, K)}, [f"y{i}" for i in range(len(widths))], values)
+    assert len(workbench.convert(proto, weights=weights).op_types) == (1 if fused else len(widths))
+    assert len(workbench.convert(proto, weights=weights, fuse_siblings="never").op_types) == len(widths)
+
+
+def test_auto_leaves_large_int4_products_apart(workbench, make_model, sparse, monkeypatch) -> None:
+    monkeypatch.setattr(fuse_siblings, "_MOST_INT4_WEIGHTS", 5 * K * K - 1)
+    values = {"w0": sparse((K, 3 * K)), "w1": sparse((K, 2 * K))}
+    nodes = [node("MatMul", ["x", name], [f"y{name}"]) for name in values]
+    proto = make_model(nodes, {"x": (2, K)}, ["yw0", "yw1"], values)
+    assert len(workbench.convert(proto, weights="int4").op_types) == 2
