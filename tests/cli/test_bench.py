@@ -21,8 +21,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import sparamx_onnx
 from sparamx_onnx import cli
-from sparamx_onnx.benchmark import quartiles
+from sparamx_onnx.benchmark import Benchmark, Timing, quartiles
 from sparamx_onnx.generation_benchmark import bench_generation
+from sparamx_onnx.reports import benchmark_text
 
 Save = Callable[..., Path]
 Mlp = Callable[..., onnx.ModelProto]
@@ -180,6 +181,14 @@ def test_numbers_that_nothing_can_be_timed_with(pair: tuple[Path, Path]) -> None
     ):
         with pytest.raises(sparamx_onnx.SparamxError, match=message):
             bench_generation(pair[0], **options)
+
+
+def test_the_text_says_what_was_timed_and_what_is_faster() -> None:
+    times = {"quartiles": (0.001, 0.003), "runs": 9, "load_seconds": 1.0, "pss": 1, "model_pss": 1, "anonymous": 1}
+    timings = (Timing("fast.onnx", 0.002, **times), Timing("slow.onnx", 0.004, **times))
+    text = benchmark_text(Benchmark(timings, 2.0, (1.5, 2.5), 3, 1, 33, None, 4))
+    assert "fast.onnx is 2.00x as fast as slow.onnx (quartiles 1.50 .. 2.50).\n" in text
+    assert text.endswith("batch 3, length 1, after 33 in the cache, one thread per core; 4 rounds.")
 
 
 def test_quartiles() -> None:

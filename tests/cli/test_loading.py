@@ -112,8 +112,10 @@ def test_tensors_everywhere_are_looked_at(tmp_path: Path, dense: Path) -> None:
         if where == "function":
             holder.attribute.append(helper.make_attribute("t", odd))
             made.functions.append(helper.make_function("local", "F", [], [], [holder], []))
-        elif where == "sparse":
-            made.graph.sparse_initializer.append(helper.make_sparse_tensor(odd, tensor("i", TensorProto.INT64), [9]))
+        elif where in ("values", "indices"):
+            other = tensor("other", TensorProto.INT64)
+            pair = (odd, other) if where == "values" else (other, odd)
+            made.graph.sparse_initializer.append(helper.make_sparse_tensor(*pair, [9]))
         elif where == "initializer":
             made.graph.initializer.append(odd)
         else:
@@ -123,7 +125,7 @@ def test_tensors_everywhere_are_looked_at(tmp_path: Path, dense: Path) -> None:
     for kind in (TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8, TensorProto.DOUBLE, TensorProto.INT4):
         path.write_bytes(model(tensor("odd", kind), "initializer").SerializeToString())
         assert "odd" in load_model(path).model.graph.initializers
-    for where in ("initializer", "attribute", "list", "body", "bodies", "function", "sparse"):
+    for where in ("initializer", "attribute", "list", "body", "bodies", "function", "values", "indices"):
         short = tensor("odd")
         short.float_data.pop()
         path.write_bytes(model(short, where).SerializeToString())

@@ -216,3 +216,10 @@ def test_a_damaged_record_of_the_conversion_is_left_out(tmp_path: Path) -> None:
             entry.value = "{"
     onnx.save(model, tmp_path / "damaged.onnx")
     assert list(sparamx_onnx.inspect(tmp_path / "damaged.onnx").record) == ["version"]
+
+
+def test_folders_of_genai_have_no_packed_caches(tmp_path: Path) -> None:
+    config = {"model": {"decoder": {"filename": "model.onnx"}}}
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(SparamxError, match="onnxruntime-genai has no packed caches; choose the attention fast"):
+        sparamx_onnx.convert(tmp_path, attention="packed")

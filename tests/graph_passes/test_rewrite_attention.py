@@ -18,6 +18,7 @@ from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
 from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.plan import Action
+from sparamx_onnx.html_report import report_page
 from sparamx_onnx.ops import library
 from sparamx_onnx.reports import conversion_text
 
@@ -502,3 +503,23 @@ def test_a_model_of_attention_alone_is_written(tmp_path: Path) -> None:
     assert result.to_dict()["summary"]["attention_converted"] == 1
     assert sparamx_onnx.inspect(tmp_path / "m.sparse.onnx").record["attention"] == "fast"
     assert not sparamx_onnx.convert(tmp_path / "m.sparse.onnx", attention="fast").written
+
+
+def test_the_page_of_a_decoder_lists_its_attention_and_says_what_is_special_of_layers(tmp_path: Path) -> None:
+    onnx.save(decoder(False), tmp_path / "m.onnx")
+    options: dict[str, Any] = {"method": "magnitude", "attention": "fast", "fuse_siblings": "always"}
+    result = sparamx_onnx.convert(tmp_path / "m.onnx", dry_run=True, exclude=["out"], **options)
+    first = result.plan.converted[0]
+    first.epilogue, first.keeps_dense, first.keeps_codes = "gelu", True, True
+    page = report_page(result)
+    for words in (
+        "Attention operators replaced",
+        "GroupQueryAttention",
+        "Not pruned: it is a small head",
+        "With gelu.",
+        f"Computed by {first.fused}.",
+        "Its dense weight stays",
+        "Keeps the codes that it had.",
+    ):
+        assert words in page, words
+    assert "not pruned" in conversion_text(result)

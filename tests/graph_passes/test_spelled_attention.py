@@ -14,6 +14,7 @@ from sparamx_onnx.graph_passes import pipeline
 from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
 from sparamx_onnx.graph_passes.options import ConvertOptions
 from sparamx_onnx.graph_passes.plan import Action
+from sparamx_onnx.graph_passes.repeated_heads import without_repeats
 
 HEADS, SIZE, VALUE_SIZE = 4, 16, 24
 SIZES = {"batch": 2, "tokens": 7, "keys": 11, "past": 5, "total": 16}
@@ -350,6 +351,11 @@ def test_repeated_heads_that_are_not_known_stay_repeated(op_type: str, shape: Sh
     (plan,) = pipeline.run(converted, ConvertOptions(attention="fast")).attention
     assert plan.action is Action.CONVERTED
     assert "Expand" in [node.op_type for node in converted.graph]
+
+
+def test_a_reshape_of_nothing_repeats_nothing() -> None:
+    key, value = (ir.Node("", "Reshape", []).outputs[0] for _ in "kv")
+    assert without_repeats(key, value) == (key, value)
 
 
 def test_pasts_of_different_lengths_stay_apart(workbench) -> None:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_ATTENTION
+from sparamx_onnx.ops.errors import SparamxError
 from sparamx_onnx.ops.reference_attention import AttentionOptions, AttentionResult, sparse_amx_attention
 
 FULL = bool(os.environ.get("SPARAMX_TEST_FULL"))
@@ -662,3 +663,8 @@ def test_damaged_calls_run_or_are_refused_in_words() -> None:
             refused.append(f"{name} in {case}: {error}")
     assert len(refused) > 30
     assert [text for text in refused if "SparseAMXAttention node 'attention': " not in text] == []
+
+
+def test_heads_that_do_not_fit_are_refused_by_the_reference() -> None:
+    with pytest.raises(SparamxError, match="3 query heads cannot share 2 key and value heads equally"):
+        sparse_amx_attention(AttentionOptions(num_heads=3, kv_num_heads=2), np.zeros((1, 1, 48), np.float32))

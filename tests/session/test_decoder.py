@@ -239,6 +239,9 @@ def growing() -> onnx.ModelProto:
     for index, name in enumerate(list(attention.output[1:]), 1):
         attention.output[index] = f"{name}.made"
         model.graph.node.append(helper.make_node("Identity", [f"{name}.made"], [name]))
+    model.graph.node[-3].output[0] = "all"  # the logits
+    model.graph.node.append(helper.make_node("Compress", ["all", "wanted"], ["logits"], axis=2))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(VOCAB, bool), "wanted"))
     model.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "vocabulary"
     return model
 
