@@ -272,9 +272,11 @@ def _recover_if_unlocked(folder: Path, output: Path) -> None:
 
 def _can_come_back(folder: Path, output: Path) -> bool:
     """Whether a killed commit left no output, and all that it was to replace is still there, aside or in place."""
-    names = [os.fsdecode(name) for name in (folder / _NAMES).read_bytes().split(b"\0")]
+    names = [os.fsdecode(name) for name in (folder / _NAMES).read_bytes().split(b"\0") if name]
     places = [(folder / _REPLACED / name, output.with_name(name)) for name in names]
-    return not os.path.lexists(output) and all(any(map(os.path.lexists, pair)) for pair in places)
+    return (
+        output.name in names and not os.path.lexists(output) and all(any(map(os.path.lexists, pair)) for pair in places)
+    )
 
 
 def write_error(output: Path, error: OSError) -> SparamxError:

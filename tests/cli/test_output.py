@@ -176,6 +176,13 @@ def test_what_a_killed_run_had_moved_aside_is_back_before_the_next_begins(
     assert all(not path.name.startswith(".") for path in tmp_path.iterdir())
 
 
+def test_a_killed_run_that_replaced_nothing_leaves_nothing_behind(tmp_path: Path) -> None:
+    output = tmp_path / "out.onnx"
+    subprocess.run([sys.executable, "-c", _DIES_IN_COMMIT, output, "1"], check=False, timeout=60)
+    recover(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx.data"]
+
+
 def test_a_model_does_not_come_back_without_its_data(tmp_path: Path) -> None:
     """A run was killed when it had moved the model aside, and somebody has removed the data since."""
     output = tmp_path / "out.onnx"
