@@ -62,6 +62,7 @@ class CodeStream {
   explicit CodeStream(const Cursor& start) : cursor_(start) {}
 
   SPARAMX_INLINE void BeginTile() {
+    is_small_ = Int4 && Sparse && tile_ != nullptr && cursor_.values - tile_ <= kSmallTile;
     tile_ = cursor_.values;
     if (!Sparse) return;
     Prefetch(cursor_.masks + kMasksAhead);
@@ -75,7 +76,12 @@ class CodeStream {
       cursor_.values = tile_;
     }
     const uint8_t* values = cursor_.values;
-    if (Int4 ? row < 8 : row % 2 == 0) Prefetch(values + kValuesAhead);
+    if (Int4 && Sparse && is_small_) {
+      if (row < 8 && row % 2 == 0) Prefetch(tile_ + kValuesAhead + row * 32);
+      if (row == 7) Prefetch(tile_ + kValuesAhead + 256);
+    } else if (Int4 ? row < 8 : row % 2 == 0) {
+      Prefetch(values + kValuesAhead);
+    }
     __m512i codes = _mm512_loadu_si512(values);
     if (Int4) codes = row < 8 ? Nibbles<false, Form>(codes) : Nibbles<true, Form>(codes);
     size_t count = 64;
@@ -103,8 +109,13 @@ class CodeStream {
   static constexpr size_t kValuesAhead = Int4 ? kPrefetchBytes * 3 / 2 : kPrefetchBytes;
   static constexpr size_t kMasksAhead = Int4 ? kPrefetchBytes * 3 / 4 : kPrefetchBytes / 4;
 
+  // Up to so many bytes of 4-bit codes, five lines are asked for at every tile; of larger ones, one at every row, some
+  // twice. What a tile takes is known when it has been read: the next ones are about as large.
+  static constexpr ptrdiff_t kSmallTile = 5 * 64 - 16;
+
   Cursor cursor_;
-  const uint8_t* tile_ = nullptr;
+  bool is_small_ = false;
+  const uint8_t* tile_ = nullptr;  // where the present tile begins; at first none does
   const uint8_t* upper_end_ = nullptr;
 };
 
