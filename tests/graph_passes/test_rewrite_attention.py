@@ -511,12 +511,14 @@ def test_the_page_of_a_decoder_lists_its_attention_and_says_what_is_special_of_l
     result = sparamx_onnx.convert(tmp_path / "m.onnx", dry_run=True, exclude=["out"], **options)
     first = result.plan.converted[0]
     first.epilogue, first.keeps_dense, first.keeps_codes = "gelu", True, True
+    first.group_size = 32
     page = report_page(result)
     for words in (
         "Attention operators replaced",
         "GroupQueryAttention",
         "Not pruned: it is a small head",
         "With gelu.",
+        "in groups of 32",
         f"Computed by {first.fused}.",
         "Its dense weight stays",
         "Keeps the codes that it had.",
