@@ -63,6 +63,7 @@ size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
     else
       high = middle;
   }
+  if (low > 0 && target - before(low - 1) < before(low) - target) --low;  // the nearest
   return std::min(w.strips, low * kStripStep);
 }
 
@@ -278,6 +279,7 @@ void MultiplyItem(void* user, size_t item) {
   const bool known = c.item_starts != nullptr;
   const size_t first_strip = known ? c.item_starts[strip_item] : FirstStrip(w, strip_item, c.strip_items);
   const size_t last_strip = known ? c.item_starts[strip_item + 1] : FirstStrip(w, strip_item + 1, c.strip_items);
+  if (first_strip == last_strip) return;  // all values are in the strips of its neighbours
   MatMulJob job = c.job;
   job.rows = std::min(c.pass_rows, c.total_rows - first_row);
   job.x = static_cast<const uint8_t*>(job.x) + first_row * job.x_row_bytes;

@@ -465,6 +465,56 @@ TEST(MatMul, ManyRowsTakeSeveralPasses) {
   CheckEveryLevel({1100, 70, 40, 0.5, WeightType::kInt4, Form::kSparse, Epilogue::kNone, true}, 12);
 }
 
+// Runs items one after the other, and takes what each writes to Y away again.
+struct WatchedY {
+  static constexpr float kUntouched = -12345;
+  std::vector<float> y;
+  std::vector<int> writers;  // of every number of Y, so far
+
+  void Look() {
+    for (size_t i = 0; i < y.size(); ++i) {
+      writers[i] += y[i] != kUntouched;
+      y[i] = kUntouched;
+    }
+  }
+  static void Run(void* host, size_t count, void (*body)(void*, size_t), void* user) {
+    for (size_t item = 0; item < count; ++item) {
+      body(user, item);
+      static_cast<WatchedY*>(host)->Look();
+    }
+  }
+};
+
+// Two items that computed the same strip would disturb each other's sums.
+TEST(MatMul, EveryStripIsComputedByOneItem) {
+  for (const WeightType type : {WeightType::kFp32, WeightType::kBf16, WeightType::kInt8, WeightType::kInt4}) {
+    for (const uint64_t rows : {1, 40}) {
+      // Nearly all values are in two strips, so that several items would begin there.
+      const Case c = {rows, 1024, 1000, 0.5, type, Form::kSparse, Epilogue::kNone, false};
+      Problem p = Make(c, 1);
+      for (uint64_t i = 0; i < p.w.size(); ++i)
+        if (i % c.n >= 32 && i % 97 != 0) p.w[i] = 0;
+      Repack(c, &p);
+      for (const Level* level : TestedLevels()) {
+        SCOPED_TRACE(testing::Message() << c << " " << level->name);
+        MatMul::Options options;
+        options.isa = level->name;
+        MatMul matmul;
+        ASSERT_EQ(matmul.Init(p.blob.data(), p.blob.size(), options).message, "");
+        std::vector<float> scratch(matmul.ScratchBytes(rows) / sizeof(float) + 32);
+        void* aligned = scratch.data();
+        size_t space = scratch.size() * sizeof(float);
+        std::align(64, 0, aligned, space);
+        WatchedY watched = {std::vector<float>(rows * c.n, WatchedY::kUntouched), std::vector<int>(rows * c.n)};
+        void* y = watched.y.data();
+        matmul.Run(p.x.data(), rows, nullptr, &y, aligned, {WatchedY::Run, &watched});
+        watched.Look();  // a single item needs no parallel loop
+        EXPECT_EQ(watched.writers, std::vector<int>(rows * c.n, 1));
+      }
+    }
+  }
+}
+
 TEST(MatMul, FewColumnsAreSplitAlongK) {
   CheckEveryLevel({1, 40000, 8, 0.5, WeightType::kBf16, Form::kSparse, Epilogue::kGelu, true}, 3);
   CheckEveryLevel({3, 20000, 33, 0.5, WeightType::kFp32, Form::kSparse, Epilogue::kNone, false}, 4);
