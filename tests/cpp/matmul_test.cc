@@ -490,7 +490,7 @@ TEST(MatMul, EveryStripIsComputedByOneItem) {
   for (const WeightType type : {WeightType::kFp32, WeightType::kBf16, WeightType::kInt8, WeightType::kInt4}) {
     for (const uint64_t rows : {1, 40}) {
       // Nearly all values are in two strips, so that several items would begin there.
-      const Case c = {rows, 1024, 1000, 0.5, type, Form::kSparse, Epilogue::kNone, false};
+      const Case c = {rows, 512, 500, 0.5, type, Form::kSparse, Epilogue::kNone, false};
       Problem p = Make(c, 1);
       for (uint64_t i = 0; i < p.w.size(); ++i)
         if (i % c.n >= 32 && i % 97 != 0) p.w[i] = 0;

@@ -233,6 +233,9 @@ def test_agrees_with_the_reference(isa: str, monkeypatch: pytest.MonkeyPatch) ->
         _check(case, run(attention_session(case.options, case.inputs), case), REFERENCE_ERROR)
 
 
+@pytest.mark.skipif(
+    onnxruntime.__version__.startswith("1.21."), reason="GroupQueryAttention of onnxruntime 1.21 has fewer inputs"
+)
 def test_agrees_with_group_query_attention() -> None:
     for case in make_cases(100, 150, for_group_query=True):
         ours = run(attention_session(case.options, case.inputs), case)

@@ -158,7 +158,14 @@ def test_several_outputs(weight, weight_type: WeightType, shape: tuple[int, ...]
         (["a", "b"], {"splits": [48, 0]}, "split 0 is not positive"),
         (["a", "b"], {"splits": [64, -16]}, "split -16 is not positive"),
         (["a", "b"], {}, "2 outputs, but its attribute splits is for 1"),
-        (["a"], {"splits": [32, 16]}, "1 outputs, but its attribute splits is for 2"),
+        pytest.param(
+            ["a"],
+            {"splits": [32, 16]},
+            "1 outputs, but its attribute splits is for 2",
+            marks=pytest.mark.skipif(
+                onnxruntime.__version__.startswith("1.21."), reason="onnxruntime 1.21 itself ends the process at that"
+            ),
+        ),
         (["a", "", "c"], {"splits": [16, 16, 16]}, "its output 1 has no name"),
         (["a", "b"], {"splits": [32, 16], "epilogue": "relu,none,none"}, "3 epilogues for 2 outputs"),
         (["a", "b"], {"splits": [32, 16], "epilogue": "relu,"}, "unknown epilogue ''"),

@@ -246,6 +246,10 @@ def growing() -> onnx.ModelProto:
     return model
 
 
+@pytest.mark.skipif(
+    onnxruntime.__version__.startswith("1.21."),
+    reason="GroupQueryAttention of onnxruntime 1.21 crashes where a cache grows",
+)
 def test_a_cache_that_grows_gives_the_same(paths: dict[str, Path], tmp_path: Path) -> None:
     onnx.save(growing(), tmp_path / "growing.onnx")
     shared, grown = (DecoderSession(path, capacity=CAPACITY) for path in (paths["dense"], tmp_path / "growing.onnx"))
