@@ -213,7 +213,7 @@ class LinearLayerFinder:
             plan.detail = f"Its packed weight cannot be read: {error}"
         else:
             plan.k, plan.n, plan.nnz, plan.weight_type = info.k, info.n, info.nnz, info.weight_type.value
-            plan.group_size = info.group_size or None
+            plan.group_size, plan.form = info.group_size or None, info.form.value
         return plan
 
     def _judge(self, node: ir.Node, product: Product | RefusedError) -> Found:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from sparamx_onnx.graph_passes.packed_weight import PackedWeight
-from sparamx_onnx.graph_passes.plan import Action, Reason
 from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruner
 from sparamx_onnx.graph_passes.prune_magnitude import prune_by_magnitude, zeros_wanted
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
@@ -80,8 +79,7 @@ def measure(
         size, plan = known[key], candidate.plan
         plan.nnz_before, plan.nnz, plan.bytes_after = size.nnz_before, size.nnz, size.bytes
         plan.estimated = size.estimated
-        if size.form is Form.DENSE:
-            plan.action, plan.reason = Action.PACKED_DENSE, Reason.PACKED_DENSE
+        plan.packed_as(size.form)
 
 
 def _bytes_to_read(chosen: Chosen, sampled: bool) -> int:

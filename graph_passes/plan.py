@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
+from sparamx_onnx.ops.packing import Form
+
 if TYPE_CHECKING:
     from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
 
@@ -128,6 +130,7 @@ class NodePlan:
             operator of its own, which keeps the node's name.
         weight_type: Type of the packed weights.
         group_size: Weights along K that share a scale; None for types other than int4.
+        form: Form of the packed weight, ``sparse`` or ``dense``; None until it is known.
         k: Rows of the weight (the node's inputs), None if unknown.
         n: Columns of the weight (the node's outputs), None if unknown.
         nnz_before: Weights of the input model that are not zero; None until the weight has been read.
@@ -159,6 +162,7 @@ class NodePlan:
     fused: str | None = None
     weight_type: str | None = None
     group_size: int | None = None
+    form: str | None = None
     k: int | None = None
     n: int | None = None
     nnz_before: int | None = None
@@ -196,6 +200,12 @@ class NodePlan:
         """The reason in words, with the detail."""
         return f"{self.reason.text} {self.detail}".rstrip()
 
+    def packed_as(self, form: Form) -> None:
+        """Notes the form that a weight takes which is converted."""
+        self.form = form.value
+        self.action = Action.PACKED_DENSE if form is Form.DENSE else Action.CONVERTED
+        self.reason = Reason.PACKED_DENSE if form is Form.DENSE else Reason.CONVERTED
+
     def to_json(self) -> dict[str, object]:
         """The plan of the node as JSON values."""
         return {
@@ -211,6 +221,7 @@ class NodePlan:
             "fused": self.fused,
             "weight_type": self.weight_type,
             "group_size": self.group_size,
+            "form": self.form,
             "k": self.k,
             "n": self.n,
             "nnz": self.nnz,

@@ -11,10 +11,10 @@ import onnx_ir as ir
 from sparamx_onnx.graph_passes.kept_codes import KeptCodes
 from sparamx_onnx.graph_passes.linear_layers import LinearLayer
 from sparamx_onnx.graph_passes.packed_weight import PackedWeight, Pruner
-from sparamx_onnx.graph_passes.plan import Action, NodePlan, Reason
+from sparamx_onnx.graph_passes.plan import NodePlan
 from sparamx_onnx.graph_passes.products import Bias, NewNodes
 from sparamx_onnx.ops.definitions import DOMAIN, DOMAIN_VERSION, SPARSE_AMX_MATMUL, Epilogue
-from sparamx_onnx.ops.packing import Form, PackedInfo, PackOptions
+from sparamx_onnx.ops.packing import PackedInfo, PackOptions
 
 SUFFIX: Final = ".sparamx"
 """Ends the names of initializers that the conversion adds."""
@@ -123,8 +123,7 @@ def _record_in(plan: NodePlan, weight: PackedWeight) -> Callable[[PackedInfo], N
         plan.nnz_before = weight.source_nnz
         plan.nnz = info.nnz
         plan.bytes_after = info.blob_bytes
-        plan.action = Action.PACKED_DENSE if info.form is Form.DENSE else Action.CONVERTED
-        plan.reason = Reason.PACKED_DENSE if info.form is Form.DENSE else Reason.CONVERTED
+        plan.packed_as(info.form)
 
     return record
 

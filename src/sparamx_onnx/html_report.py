@@ -137,8 +137,8 @@ def _packed(node: NodePlan) -> str:
     words = [node.weight_type or ""]
     if node.group_size is not None:
         words.append(f"in groups of {node.group_size}")
-    words.append("dense" if node.action is Action.PACKED_DENSE else "sparse")
-    return " ".join(words)
+    words.append(node.form or "")
+    return " ".join(word for word in words if word)
 
 
 def _notes(node: NodePlan) -> str:

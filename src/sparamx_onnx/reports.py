@@ -14,6 +14,7 @@ from sparamx_onnx.graph_passes.attention_plan import AttentionPlan, AttentionRea
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan, Reason
 from sparamx_onnx.inspection import Inspection
 from sparamx_onnx.ops.packed_cache import BLOCK
+from sparamx_onnx.ops.packing import Form
 from sparamx_onnx.tables import Column, duration, percent, rate, render, size
 from sparamx_onnx.verification import Verification
 
@@ -311,7 +312,7 @@ def _about(node: NodePlan) -> str:
 
 
 def _packed(node: NodePlan) -> str:
-    words = ["dense" if node.action is Action.PACKED_DENSE else "", node.weight_type or ""]
+    words = ["dense" if node.form == Form.DENSE else "", node.weight_type or ""]
     if node.group_size is not None:
         words[-1] += f"/{node.group_size}"
     if node.prune_note:

@@ -203,6 +203,21 @@ def test_inspect_a_converted_model(pair: tuple[Path, Path], capsys: pytest.Captu
     assert "weights bf16" in text
 
 
+def test_inspect_says_which_weights_are_packed_dense(
+    tmp_path: Path, mlp: Mlp, save: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = mlp(sizes=(96, 128, 64))
+    model.graph.initializer[0].CopyFrom(mlp(sizes=(96, 128, 64), sparsity=0).graph.initializer[0])
+    path = save(model, tmp_path / "m.onnx")
+    for inspected in (path, Path(str(sparamx_onnx.convert(path).output))):
+        nodes = sparamx_onnx.inspect(inspected).to_dict()["nodes"]
+        assert [node["form"] for node in nodes] == ["dense", "sparse"]
+        assert cli.run(["inspect", str(inspected)]) == DONE
+        first, second = capsys.readouterr().out.splitlines()[1:3]
+        assert first.endswith("  dense bf16")
+        assert second.endswith("B  bf16")
+
+
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_tables_fit(tmp_path: Path, mlp: Mlp, save: Save, command: Command, width: int) -> None:
     model = mlp(sizes=(96, 128, 64))
