@@ -106,14 +106,27 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def bar_chart(
-    places: Sequence[tuple[Sequence[float], str]], label: Callable[[float], str], below: Sequence[str] | None = None
+    places: Sequence[tuple[Sequence[float], str]],
+    label: Callable[[float], str],
+    below: Sequence[str] | None = None,
+    *,
+    counts: bool = False,
 ) -> str:
-    """A bar chart: for each place the values side by side and what a pointer on them is told."""
+    """A bar chart: for each place the values side by side and what a pointer on them is told.
+
+    Args:
+        places: The values and what is told.
+        label: How the axis writes a value.
+        below: What stands below each place.
+        counts: Whether values are whole numbers, so that the axis, which is marked in its middle too, shows no others.
+    """
     slot = max((_CHART_WIDTH - _LEFT) / len(places), _NARROWEST_BAR * len(places[0][0]) + 1)
     slot = min(slot, _WIDEST_SLOT)
     width = _LEFT + slot * len(places)
     height = _CHART_HEIGHT - _TOP - _BOTTOM
     top = max((value for values, _ in places for value in values), default=0.0) or 1.0
+    if counts:
+        top += top % 2
     marks = []
     for part in (0.0, 0.5, 1.0):
         y = _TOP + (1 - part) * height

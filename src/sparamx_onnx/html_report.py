@@ -84,7 +84,7 @@ def _charts(plan: Plan) -> str:
             for index, count in enumerate(counts)
         ]
         labels = [f"{100 * index // _BINS} %" if index % 2 == 0 else "" for index in range(_BINS)]
-        parts.append("<h2>Layers by their share of zeros</h2>" + bar_chart(bars, "{:g}".format, labels))
+        parts.append("<h2>Layers by their share of zeros</h2>" + bar_chart(bars, "{:.0f}".format, labels, counts=True))
     if nodes:
         sizes = [
             (

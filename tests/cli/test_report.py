@@ -128,6 +128,15 @@ def test_the_figures_are_those_of_the_plan(model: Path, inputs: Path, tmp_path: 
     assert page.tags.count("svg") == 3
 
 
+@pytest.mark.parametrize(("layers", "axis"), [(1, ["0", "1", "2"]), (3, ["0", "2", "4"]), (4, ["0", "2", "4"])])
+def test_the_chart_of_zeros_counts_whole_layers(
+    layers: int, axis: list[str], mlp: Mlp, save: Save, tmp_path: Path
+) -> None:
+    model = save(mlp(sizes=(48,) * (layers + 1)), tmp_path / "dense.onnx")
+    sparamx_onnx.convert(model, report=tmp_path / "out.html")
+    assert Page(tmp_path / "out.html").texts["text"][:3] == axis
+
+
 def test_dry_runs_and_models_without_layers_have_a_page_too(
     model: Path, plain: onnx.ModelProto, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
