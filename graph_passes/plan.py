@@ -266,6 +266,18 @@ class Plan:
         return [node for node in self.attention if node.action is not Action.LEFT_ALONE]
 
     @property
+    def replaces_attention(self) -> bool:
+        """Whether the options ask for attention to be replaced."""
+        return self.options.get("attention", "keep") != "keep"
+
+    @property
+    def no_attention(self) -> str:
+        """A sentence that says so where attention is to be replaced and the model has none; empty elsewhere."""
+        if self.attention or not self.replaces_attention:
+            return ""
+        return f"There is no attention that --attention {self.options['attention']} could replace."
+
+    @property
     def changes(self) -> bool:
         """Whether anything is converted."""
         return bool(self.converted or self.converted_attention)

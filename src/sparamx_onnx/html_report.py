@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from sparamx_onnx.graph_passes.attention_plan import AttentionPlan
 from sparamx_onnx.graph_passes.plan import Action, NodePlan, Plan
 from sparamx_onnx.html_page import Cell, bar_chart, code, number_cell, page, table, text_cell
 from sparamx_onnx.tables import duration, percent, size
@@ -34,7 +32,7 @@ def report_page(result: ConversionResult) -> str:
         _charts(plan),
         _layers(plan),
         _left_alone(plan),
-        _attention(plan.attention),
+        _attention(plan),
         _options(plan),
     ]
     return page(f"{result.model}: conversion", parts)
@@ -169,8 +167,10 @@ def _left_alone(plan: Plan) -> str:
     return f"<h2>Left alone</h2><ul>{counts}</ul>" + table(["node", "operator", "why"], rows, sortable=True)
 
 
-def _attention(plans: Sequence[AttentionPlan]) -> str:
-    if not plans:
+def _attention(plan: Plan) -> str:
+    if plan.no_attention:
+        return f"<h2>Attention</h2><p>{escape(plan.no_attention)}</p>"
+    if not plan.attention:
         return ""
     rows = [
         [
@@ -179,7 +179,7 @@ def _attention(plans: Sequence[AttentionPlan]) -> str:
             text_cell("left alone" if node.action is Action.LEFT_ALONE else "replaced"),
             text_cell(node.text),
         ]
-        for node in plans
+        for node in plan.attention
     ]
     return "<h2>Attention</h2>" + table(["node", "operator", "", "why"], rows, sortable=True)
 

@@ -337,12 +337,19 @@ def _left_alone(plan: Plan) -> list[str]:
 
 
 def _attention_left_alone(plan: Plan) -> list[str]:
-    """Why attention operators stay as they are, a line per reason."""
+    """Why attention operators, or their caches, stay as they are, a line per reason."""
     counts = Counter(node.reason for node in plan.attention if node.action is Action.LEFT_ALONE)
+    if not plan.replaces_attention:
+        del counts[AttentionReason.ALREADY_CONVERTED]
+    kept_caches = Counter(node.detail for node in plan.converted_attention if node.detail)
     return [
-        f"Attention left alone ({reason.value.replace('_', ' ')}): {counts[reason]}. {reason.text}"
-        for reason in AttentionReason
-        if counts[reason] and reason is not AttentionReason.ALREADY_CONVERTED
+        *(
+            f"Attention left alone ({reason.value.replace('_', ' ')}): {counts[reason]}. {reason.text}"
+            for reason in AttentionReason
+            if counts[reason]
+        ),
+        *(f"Attention without a packed cache: {count}. {why}" for why, count in kept_caches.items()),
+        *([plan.no_attention] if plan.no_attention else []),
     ]
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 import sparamx_onnx
 from sparamx_onnx import SparamxError
 from sparamx_onnx.graph_passes.pack_cache import PackedCache, packed_caches
-from sparamx_onnx.reports import inspection_text
+from sparamx_onnx.reports import conversion_text, inspection_text
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 CACHE = {"k_sparsity": 0.25, "v_sparsity": 0.5, "sink": 64, "recent": 3}
@@ -172,6 +172,28 @@ def test_attention_without_a_cache_of_a_known_size_has_nothing_to_pack(tmp_path:
     _, plans = convert(unknown, tmp_path)
     assert plans[0][0] == "converted"
     assert "does not tell the size of a head" in plans[0][1]
+
+
+def test_the_text_says_which_caches_are_not_packed(tmp_path: Path) -> None:
+    onnx.save(attention(extra="reads the past"), tmp_path / "model.onnx")
+    line = "Attention without a packed cache: 1. Its cache is not packed: something else makes or reads its past."
+    result = sparamx_onnx.convert(tmp_path / "model.onnx", attention="packed")
+    assert line in conversion_text(result).splitlines()
+    result = sparamx_onnx.convert(tmp_path / "model.onnx", tmp_path / "fast.onnx", attention="fast")
+    assert "packed cache" not in conversion_text(result)
+    again = sparamx_onnx.convert(tmp_path / "fast.onnx", attention="packed")
+    assert "Attention left alone (already converted): 2." in conversion_text(again)
+
+
+@pytest.mark.parametrize("mode", ["fast", "packed"])
+def test_a_model_without_attention_has_none_to_replace(tmp_path: Path, mode: str) -> None:
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"], "r")], "g", [value("x", 1)], [value("y", 1)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    sentence = f"There is no attention that --attention {mode} could replace."
+    result = sparamx_onnx.convert(tmp_path / "m.onnx", attention=mode, report=tmp_path / "out.html")
+    assert sentence in conversion_text(result).splitlines()
+    assert sentence in (tmp_path / "out.html").read_text()
+    assert "no attention" not in conversion_text(sparamx_onnx.convert(tmp_path / "m.onnx"))
 
 
 def test_names_of_caches_that_are_taken(tmp_path: Path) -> None:
