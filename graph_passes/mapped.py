@@ -50,19 +50,22 @@ def read_tensor(tensor: ir.TensorProtocol) -> npt.NDArray[np.generic]:
         except (TypeError, ValueError) as error:
             raise SparamxError(f"The tensor '{tensor.name}' does not hold what its type and shape say.") from error
     path, offset, size = external_range(tensor)
-    if tensor.dtype.bitwidth < 8:
-        # Packed elements have to be unpacked into an array of their own anyway.
-        return ir.Tensor(tensor.numpy()).numpy()
-    dtype = tensor.dtype.numpy().newbyteorder("<")
-    shape = tensor.shape.numpy()
+    try:
+        if tensor.dtype.bitwidth < 8:
+            # Packed elements have to be unpacked into an array of their own anyway.
+            return ir.Tensor(tensor.numpy()).numpy()
+        return _map(path, offset, size, tensor.dtype.numpy().newbyteorder("<"), tensor.shape.numpy())
+    except (OSError, ValueError) as error:  # ValueError: the file has become too short since it was checked
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SparamxError(f"The external data of '{tensor.name}' cannot be read from {path}: {why}.") from error
+
+
+def _map(
+    path: Path, offset: int, size: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]
+) -> npt.NDArray[np.generic]:
     if size == 0:
         return np.empty(shape, dtype)
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), offset - start + size, access=mmap.ACCESS_READ, offset=start)
-    except OSError as error:
-        raise SparamxError(
-            f"The external data of '{tensor.name}' cannot be read from {path}: {error.strerror}."
-        ) from error
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), offset - start + size, access=mmap.ACCESS_READ, offset=start)
     return np.frombuffer(mapped, dtype, math.prod(shape), offset - start).reshape(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -9,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
+from sparamx_onnx.graph_passes import mapped
 from sparamx_onnx.graph_passes.fold_constants import ConstantFolder, Converted, FoldedConstant, NotConstant, Transposed
 from sparamx_onnx.graph_passes.mapped import external_range, read_tensor
 from sparamx_onnx.graph_passes.plan import Reason
@@ -147,6 +150,24 @@ def test_external_data_that_is_too_short(workbench, offset, length, sentence) ->
     for function in (read_tensor, external_range):
         with pytest.raises(SparamxError, match=sentence):
             function(tensor)
+
+
+@pytest.mark.parametrize(("dtype", "left"), [("FLOAT", 60), ("FLOAT", 0), ("INT4", 4), ("INT4", 0)])
+def test_external_data_that_is_cut_after_the_check(workbench, monkeypatch, dtype: str, left: int) -> None:
+    data = workbench.folder / "data"
+    data.write_bytes(bytes(64))
+    tensor = ir.ExternalTensor(
+        "data", 0, None, ir.DataType[dtype], shape=ir.Shape([4, 4]), name="t", base_dir=workbench.folder
+    )
+
+    def checked_then_cut(tensor: ir.ExternalTensor) -> tuple[Path, int, int]:
+        found = external_range(tensor)
+        data.write_bytes(bytes(left))
+        return found
+
+    monkeypatch.setattr(mapped, "external_range", checked_then_cut)
+    with pytest.raises(SparamxError, match=r"The external data of 't' cannot be read from .*data: .*\.$"):
+        read_tensor(tensor)
 
 
 def test_external_data_that_is_missing(workbench) -> None:
