@@ -18,7 +18,8 @@ def with_taken_branches(model: ir.Model, runs: Runs) -> ir.Model:
 
     1. An If whose condition is an input of the model that is the same in all runs is replaced by the branch that it
        takes: what a merged decoder is, with ``use_cache_branch``. So are such Ifs in that branch.
-    2. Tensors are shared with the model, packed weights included: what is decided about them holds there too.
+    2. An If that is damaged, without that branch or with one of other results, stays: ONNX Runtime says what is wrong.
+    3. Tensors are shared with the model, packed weights included: what is decided about them holds there too.
 
     Args:
         model: The model; it is not changed.
@@ -37,8 +38,8 @@ def with_taken_branches(model: ir.Model, runs: Runs) -> ir.Model:
     while waiting:
         node = waiting.pop()
         condition = _input_condition(node, copy)
-        if condition in taken:
-            branch = node.attributes["then_branch" if taken[condition] else "else_branch"].as_graph()
+        branch = _branch(node, taken[condition]) if condition in taken else None
+        if branch is not None:
             waiting += _inline(copy.graph, node, branch, names)
     return copy
 
@@ -52,8 +53,10 @@ def _input_condition(node: ir.Node, model: ir.Model) -> str | None:
     if node.op_type != "If" or node.domain != "" or len(node.inputs) != 1:
         return None
     condition = node.inputs[0]
-    is_input = condition is not None and condition.is_graph_input() and condition.graph is model.graph
-    return condition.name if condition is not None and is_input else None
+    if condition is None or not condition.is_graph_input() or condition.graph is not model.graph:
+        return None
+    # With a default, runs may not have it.
+    return None if condition.is_initializer() else condition.name
 
 
 def _same_in_all(names: set[str], runs: Runs) -> dict[str, bool]:
@@ -66,6 +69,14 @@ def _same_in_all(names: set[str], runs: Runs) -> dict[str, bool]:
             array = np.asarray(run[name])
             values[name].add(bool(array.reshape(-1)[0]) if array.size == 1 else None)
     return {name: value for name, seen in values.items() if len(seen) == 1 and (value := seen.pop()) is not None}
+
+
+def _branch(node: ir.Node, taken: bool) -> ir.Graph | None:
+    attribute = node.attributes.get("then_branch" if taken else "else_branch")
+    if attribute is None or attribute.type != ir.AttributeType.GRAPH:
+        return None
+    branch = attribute.as_graph()
+    return branch if len(branch.outputs) == len(node.outputs) else None
 
 
 def _inline(graph: ir.Graph, node: ir.Node, branch: ir.Graph, names: Names) -> list[ir.Node]:

@@ -320,6 +320,41 @@ def test_the_branch_that_is_taken_is_pruned(make_model, tmp_path, taken) -> None
     assert 0 < np.abs(wanted - got).max() < 0.5 * np.abs(wanted).max()
 
 
+def _without_branches(choice: onnx.NodeProto) -> None:
+    del choice.attribute[:]
+
+
+def _with_numbers_for_branches(choice: onnx.NodeProto) -> None:
+    for attribute in choice.attribute:
+        attribute.CopyFrom(helper.make_attribute(attribute.name, 3))
+
+
+def _with_a_result_too_few(choice: onnx.NodeProto) -> None:
+    for attribute in choice.attribute:
+        del attribute.g.output[1:]
+
+
+@pytest.mark.parametrize("damage", [_without_branches, _with_numbers_for_branches, _with_a_result_too_few])
+def test_a_choice_without_its_branches_is_left_to_onnxruntime(make_model, tmp_path, damage) -> None:
+    proto = _merged(make_model)
+    damage(proto.graph.node[1])
+    model, plan, options = _rewritten(proto)
+    runs = [{**run, "condition": np.array(True)} for run in _runs()]
+    with pytest.raises(SparamxError, match="ONNX Runtime cannot run the model to calibrate"):
+        pipeline.prune(model, plan, options, runs, tmp_path)
+
+
+def test_a_condition_that_callers_need_not_give_is_not_looked_at(make_model, tmp_path) -> None:
+    proto = _merged(make_model)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "condition"))
+    model, plan, options = _rewritten(proto)
+    pipeline.prune(model, plan, options, _runs(), tmp_path)
+    assert {layer.node: layer.pruned for layer in plan if layer.node in ("m", "then_own")} == {
+        "m": True,
+        "then_own": False,
+    }
+
+
 def test_what_branches_see_is_what_runs(make_model, tmp_path) -> None:
     model, _, _ = _rewritten(_merged(make_model))
     runs = [{**run, "condition": np.array([True])} for run in _runs()]
