@@ -7,6 +7,7 @@
 // All that differs from any other ONNX Runtime program is the line that registers the library.
 
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +15,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -23,10 +25,20 @@ namespace {
 
 const std::string kPast = "past_key_values";
 
+// The whole number that somebody wrote for `what`.
+int64_t Number(const std::string& what, const std::string& text) {
+  int64_t value = 0;
+  const char* end = text.data() + text.size();
+  const std::from_chars_result read = std::from_chars(text.data(), end, value);
+  if (read.ec != std::errc() || read.ptr != end)
+    throw std::runtime_error(what + " must be a whole number of 64 bits, not '" + text + "'");
+  return value;
+}
+
 // Numbers per head where the model leaves them open, as onnxruntime-genai's builder does; HEAD_SIZE says otherwise.
 int64_t OpenHeadSize() {
   const char* text = std::getenv("HEAD_SIZE");
-  return text == nullptr ? 64 : std::atoll(text);
+  return text == nullptr ? 64 : Number("HEAD_SIZE", text);
 }
 
 class Decoder {
@@ -104,7 +116,7 @@ class Decoder {
   int64_t length_ = 0;
 };
 
-void Generate(const char* model, const char* library, long count, const std::vector<int64_t>& prompt) {
+void Generate(const char* model, const char* library, int64_t count, const std::vector<int64_t>& prompt) {
   Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "generate");
   Ort::SessionOptions options;
   options.RegisterCustomOpsLibrary(library);
@@ -112,7 +124,7 @@ void Generate(const char* model, const char* library, long count, const std::vec
 
   Decoder decoder(session);
   std::vector<int64_t> tokens = prompt;
-  for (long i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t next = decoder.Next(std::move(tokens));
     tokens = {next};
     std::printf("%s%lld", i == 0 ? "" : " ", static_cast<long long>(next));
@@ -130,8 +142,8 @@ int main(int argc, char** argv) {
   }
   try {
     std::vector<int64_t> prompt;
-    for (int i = 4; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
-    Generate(argv[1], argv[2], std::stol(argv[3]), prompt);
+    for (int i = 4; i < argc; ++i) prompt.push_back(Number("TOKEN " + std::to_string(i - 3), argv[i]));
+    Generate(argv[1], argv[2], Number("NEW_TOKENS", argv[3]), prompt);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "generate: %s\n", error.what());
     return 1;

@@ -125,3 +125,20 @@ def test_generate_says_what_it_cannot_run(examples: Path, library: Path, convert
     assert done.returncode == 1
     assert done.stderr == "generate: the model has an input that this program does not know: x\n"
     assert run(examples, "generate", converted).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["3", "1", "word"], "TOKEN 2 must be a whole number of 64 bits, not 'word'"),
+        (["3", "15x"], "TOKEN 1 must be a whole number of 64 bits, not '15x'"),
+        (["3", "1" * 30], f"TOKEN 1 must be a whole number of 64 bits, not '{'1' * 30}'"),
+        (["", "1"], "NEW_TOKENS must be a whole number of 64 bits, not ''"),
+    ],
+)
+def test_generate_says_which_argument_is_no_number(
+    examples: Path, library: Path, converted: Path, arguments: list[str], sentence: str
+) -> None:
+    done = run(examples, "generate", converted, library, *arguments)
+    assert done.returncode == 1
+    assert done.stderr == f"generate: {sentence}\n"
