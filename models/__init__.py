@@ -11,3 +11,21 @@ They need the `models` extra (torch, transformers).
 - `sentences`: English text that ships with Python.
 - `demo`: converts the first two and prints what it gained.
 """
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+def _name_the_extra(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a program in here that lacks a package, one sentence instead of a traceback."""
+    if not isinstance(error, ModuleNotFoundError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"error: {error}: install the extra 'models' (pip install 'sparamx-onnx[models]').", file=sys.stderr)
+
+
+# So it is while `python -m` looks for its module, and not where somebody imports one.
+if sys.argv[:1] == ["-m"]:
+    sys.excepthook = _name_the_extra
