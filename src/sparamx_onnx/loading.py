@@ -61,6 +61,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     """
     path = model_file(Path(path))
     proto = _parse(path)
+    _check_names(path, proto)
     folders = {_real(path.parent), _real(path).parent}
     sizes: dict[Path, int] = {}
     for tensor in tensors_of(proto):
@@ -106,6 +107,24 @@ def _is_text(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return all(character.isprintable() or character in "\t\n\r\f" for character in text)
+
+
+def _check_names(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuses names that are no text; of such protobuf gives the bytes."""
+    for name in _names_of(proto):
+        if isinstance(name, bytes):
+            raise SparamxError(f"{path}: damaged: a name in it, {name!r}, is no text in UTF-8")
+
+
+def _names_of(proto: onnx.ModelProto) -> Iterator[str | bytes]:
+    """The names of tensors, inputs and outputs, and what nodes consist of."""
+    yield proto.graph.name
+    for value in (*proto.graph.input, *proto.graph.output, *tensors_of(proto)):
+        yield value.name
+    for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in _nodes_of(nodes):
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
 
 
 def _resolve_external(path: Path, folders: set[Path], tensor: onnx.TensorProto, sizes: dict[Path, int]) -> None:

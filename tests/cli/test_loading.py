@@ -156,6 +156,13 @@ def test_cut_and_foreign_files(tmp_path: Path, dense: Path) -> None:
     _refused(tmp_path / "graphless.onnx", "holds no graph")
 
 
+@pytest.mark.parametrize("name", ["layer0/MatMul", "layer0.weight", "Relu", "mlp"])
+def test_names_that_are_no_text(dense: Path, name: str) -> None:
+    dense.write_bytes(dense.read_bytes().replace(name.encode(), b"\xff" * len(name)))
+    with pytest.raises(SparamxError, match=r"damaged: a name in it, b'.*\\xff', is no text in UTF-8"):
+        load_model(dense)
+
+
 @pytest.fixture
 def split(tmp_path: Path, mlp: Mlp, save: Save) -> Path:
     folder = tmp_path / "split"
