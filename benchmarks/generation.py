@@ -8,7 +8,8 @@ The models are made once, in --folder (about 17 GB; ONNX Runtime's 4-bit quantiz
   its quantizer (which itself takes more than 18 GB of memory for this one);
 - nbits: ONNX Runtime's 4-bit form of it, MatMulNBits for every linear layer, groups of 32, accuracy level 4;
 - bf16, int8, int4: what `sparamx-onnx convert --attention fast` makes of it;
-- int4-packed: the same with `--attention packed`.
+- int4-g64: int4 with `--group-size 64`: a quarter of a bit of scale a weight, not half a bit;
+- int4-packed: int4 with `--attention packed`.
 
 Pairs of them are timed in turn, by `sparamx_onnx.bench_generation`, and several processes run one packed model at once.
 Before a decode step the cache is filled with noise instead of being read from a prompt; the step reads the same bytes.
@@ -42,7 +43,7 @@ from sparamx_onnx.models.llama import LlamaShape
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
 DENSE, DYNAMIC, NBITS, LLAMA_CPP = "dense", "dynamic", "nbits", "llama.cpp"
-PACKED_CACHE = "-packed"
+GROUPS_OF_64, PACKED_CACHE = "-g64", "-packed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Pair:
     """One of our models, and what it is compared with.
 
     Attributes:
-        ours: Type of the weights, and ``-packed`` if the cache is packed, too.
+        ours: Type of the weights; ``-g64`` if 64 of them have a scale, ``-packed`` if the cache is packed, too.
         theirs: The other model.
         decode: How many times as fast decode steps should be at least; 0 if no target is set.
         prefill: The same for reading prompts; None: not timed.
@@ -75,6 +76,7 @@ PAIRS = (
     Pair("int4", NBITS, decode=1.2, prefill=0),
     Pair("int4" + PACKED_CACHE, NBITS, decode=3.0, long=True),
     Pair("int4", LLAMA_CPP, decode=1.5, prefill=1.3),
+    Pair("int4" + GROUPS_OF_64, LLAMA_CPP, decode=1.5, prefill=1.3),
 )
 # What a process may take beyond the file of its packed model.
 MOST_BEYOND_FILE = 300e6
@@ -133,8 +135,13 @@ def model(name: str, arguments: argparse.Namespace) -> Path:
     elif name == DYNAMIC:
         quantize_int8(dense, file)
     else:
-        attention = "packed" if name.endswith(PACKED_CACHE) else "fast"
-        sparamx_onnx.convert(dense, file, weights=name.removesuffix(PACKED_CACHE), attention=attention)
+        sparamx_onnx.convert(
+            dense,
+            file,
+            weights=name.partition("-")[0],
+            group_size=64 if name.endswith(GROUPS_OF_64) else None,
+            attention="packed" if name.endswith(PACKED_CACHE) else "fast",
+        )
     return file
 
 

@@ -66,7 +66,7 @@ class LlamaCpp:
 
     def read(self, tokens: list[int]) -> None:
         self._model.reset()
-        self._model.eval(tokens)
+        self._eval(tokens)
 
     def go_to(self, context: int) -> None:
         if self._model.n_tokens < context:
@@ -75,7 +75,12 @@ class LlamaCpp:
         self._model.n_tokens = context
 
     def step(self, token: int) -> None:
-        self._model.eval([token])
+        self._eval([token])
+
+    def _eval(self, tokens: list[int]) -> None:
+        """As ours: up to the choice of the next token."""
+        self._model.eval(tokens)
+        np.ctypeslib.as_array(self._model._ctx.get_logits(), (self._model.n_vocab(),)).argmax()
 
 
 def timed(run: Callable[[], None]) -> float:

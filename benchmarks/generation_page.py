@@ -15,6 +15,7 @@ DECODER_NAMES = {
     "bf16": "bf16",
     "int8": "int8",
     "int4": "int4",
+    "int4" + generation.GROUPS_OF_64: "int4, groups of 64",
     "int4" + generation.PACKED_CACHE: "int4, packed caches",
 }
 
