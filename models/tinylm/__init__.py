@@ -100,12 +100,10 @@ def export(folder: str | Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; `argv` without the program's name."""
-    parser = argparse.ArgumentParser(description="Writes tinylm as onnxruntime-genai's builder writes decoders.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__name__}", description="Writes tinylm as onnxruntime-genai's builder writes decoders."
+    )
     parser.add_argument("folder", metavar="OUT_FOLDER", type=Path)
     arguments = parser.parse_args(argv)
     path = export(arguments.folder)
     print(f"{path}: held-out perplexity {training()['held_out_perplexity']} in {training()['parameters']:,} parameters")
-
-
-if __name__ == "__main__":
-    main()

