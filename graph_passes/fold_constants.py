@@ -32,6 +32,8 @@ _PASSING = frozenset(
 )
 _LONGEST_WAY_TO_GATHER = 6
 
+_NEWEST_OPSET = 1 << 30
+
 
 @dataclass(frozen=True)
 class Transposed:
@@ -181,7 +183,9 @@ class ConstantFolder:
     @property
     def opset(self) -> int:
         """The version of ONNX's own operators that the model imports."""
-        return self._model.opset_imports.get("", 1)
+        imports = self._model.opset_imports
+        # The domain has two names; of a model that imports neither, ONNX Runtime takes the newest version.
+        return imports.get("", imports.get("ai.onnx", _NEWEST_OPSET))
 
     def fold(self, value: ir.Value) -> FoldedConstant | NotConstant:
         """The constant that a value is, or why it is none."""
@@ -217,6 +221,8 @@ class ConstantFolder:
             return NotConstant(Reason.QUANTIZED_WEIGHT, f"The scales of '{node.name}' are computed at run time.")
         if scale is None:
             return NotConstant(Reason.MALFORMED_NODE, f"The node '{node.name}' has no scales.")
+        if int_attribute(node, "output_dtype", 0) not in (ir.DataType.UNDEFINED, scale.dtype):
+            return NotConstant(Reason.QUANTIZED_WEIGHT, f"The node '{node.name}' makes another type than its scales'.")
         return dequantized(
             codes,
             scale,

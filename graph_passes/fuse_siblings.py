@@ -129,7 +129,7 @@ def _fuse(model: ir.Model, family: Sequence[_Sibling], names: Names) -> None:
     old = [sibling.node for sibling in family]
     first = min(family, key=lambda sibling: sibling.place).node
     ir.convenience.replace_nodes_and_values(graph, first, old, [node], [o.outputs[0] for o in old], node.outputs)
-    remove_unused(freed)
+    remove_unused(model, freed)
 
 
 def _joined_weight(model: ir.Model, graph: ir.Graph, family: Sequence[_Sibling], names: Names) -> ir.Value:

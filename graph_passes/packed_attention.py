@@ -29,7 +29,8 @@ _COMMON_ATTRIBUTES = ("num_heads", "mask_filter_value", "scale", "unidirectional
 def read_attention(node: ir.Node, folder: ConstantFolder) -> Product:
     """The product with the packed weight [K, Nq + Nk + Nv], and behind it Split and MultiHeadAttention.
 
-    Attention with a cache, with rotary embedding, or with a bias that is no constant is refused.
+    Attention with a cache, with rotary embedding, with a bias that is no constant, or with a mask that has several
+    numbers for each entry is refused.
     """
     if len(node.outputs) != 1:
         raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.")
@@ -39,6 +40,8 @@ def read_attention(node: ir.Node, folder: ConstantFolder) -> Product:
         raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has a cache.", weight)
     if int_attribute(node, "do_rotary", 0):
         raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "It has do_rotary = 1.", weight)
+    if not _has_one_number_per_entry(mask, x):
+        raise RefusedError(Reason.UNSUPPORTED_ATTRIBUTES, "Its mask may have several numbers for an entry.", weight)
     if len(weight.shape) != 2:
         return Product((node,), x, weight, output=node.outputs[0])
     n = weight.shape[1]
@@ -62,6 +65,17 @@ def read_attention(node: ir.Node, folder: ConstantFolder) -> Product:
         return [*nodes, ir.Node(MICROSOFT, "MultiHeadAttention", inputs, attributes)]
 
     return Product((node,), x, weight, bias=bias, takes_add=False, output=node.outputs[0], after=after)
+
+
+def _has_one_number_per_entry(mask: ir.Value | None, x: ir.Value) -> bool:
+    """Whether a mask of one dimension has the end of each entry alone; MultiHeadAttention takes no beginnings.
+
+    What is not known is taken for such a mask: ONNX Runtime will say if it is none.
+    """
+    if mask is None or mask.shape is None or len(mask.shape) != 1 or x.shape is None or len(x.shape) == 0:
+        return True
+    unknown = ir.SymbolicDim(None)
+    return unknown in (mask.shape[0], x.shape[0]) or mask.shape[0] == x.shape[0]
 
 
 def _split(value: ir.Value, sizes: Sequence[int], opset: int) -> list[ir.Node]:

@@ -103,7 +103,7 @@ class RewriteMatMulPass(ir.passes.InPlacePass):
             chosen.plan.packed = holders[place].name
             chosen.plan.shared = weight.name
             candidates.extend(_replace(model, chosen.layer, holders[place], names, replaced))
-        remove_unused(candidates)
+        remove_unused(model, candidates)
         for chosen in self._chosen:
             chosen.plan.keeps_dense = chosen.layer.weight.root.graph is not None
         if self._chosen:
@@ -153,9 +153,13 @@ class Names:
 def register_initializer(model: ir.Model, graph: ir.Graph, value: ir.Value) -> None:
     """Adds an initializer to a graph of a model."""
     graph.register_initializer(value)
-    if (model.ir_version or _EXTERNAL_INITIALIZERS_SINCE_IR) < _EXTERNAL_INITIALIZERS_SINCE_IR:
-        # Such old models list every initializer among the inputs of its graph.
+    if _lists_initializers(model):
         graph.inputs.append(value)
+
+
+def _lists_initializers(model: ir.Model) -> bool:
+    """Whether a model is so old that it lists every initializer among the inputs of its graph."""
+    return (model.ir_version or _EXTERNAL_INITIALIZERS_SINCE_IR) < _EXTERNAL_INITIALIZERS_SINCE_IR
 
 
 def _bias_value(model: ir.Model, layer: LinearLayer, bias: Bias, names: Names) -> ir.Value:
@@ -226,7 +230,7 @@ def _around(
     return nodes
 
 
-def remove_unused(values: Iterable[ir.Value]) -> None:
+def remove_unused(model: ir.Model, values: Iterable[ir.Value]) -> None:
     """Removes constants that nobody uses, and the nodes that only they led to."""
     stack = list(values)
     while stack:
@@ -237,7 +241,8 @@ def remove_unused(values: Iterable[ir.Value]) -> None:
         graph = value.graph
         if value.is_initializer() and isinstance(graph, ir.Graph):
             if value.is_graph_input():
-                # Only where initializers have to be listed as inputs; others are not constants and were not folded.
+                if not _lists_initializers(model):
+                    continue  # the default of an input, which a caller may give whether it is used or not
                 graph.inputs.remove(value)
             assert value.name is not None
             graph.initializers.pop(value.name)

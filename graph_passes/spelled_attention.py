@@ -22,6 +22,9 @@ _INPUTS = {
 }
 _FEWEST_OF_SLICE = 3
 
+# Before this version of ONNX's operators, a Softmax that names no dimension is over all but the first.
+_SOFTMAX_OF_LAST_SINCE = 13
+
 # Nodes between the Softmax and the product behind it: a cast, a softcap's three, factors.
 _LONGEST_WAY = 8
 
@@ -117,8 +120,12 @@ class _Reader:
         self._inner = {node, softmax}  # nodes that the replacement takes the place of
 
     def read(self) -> Replacement:
-        if int_attribute(self._softmax, "axis", -1) not in (-1, RANK_BY_HEAD - 1):
+        default = -1 if self._folder.opset >= _SOFTMAX_OF_LAST_SINCE else 1
+        if int_attribute(self._softmax, "axis", default) not in (-1, RANK_BY_HEAD - 1):
             raise _NotUnderstoodError(AttentionReason.UNSUPPORTED_ATTRIBUTES, "Its Softmax is over another dimension.")
+        choice = _producer(_without_casts(self._node.inputs[0]), "Where")
+        if choice is not None and self._scalar(choice.inputs[1]) != 0:
+            raise _NotUnderstoodError(AttentionReason.UNSUPPORTED_INPUT, "Its NaN are not replaced by zero.")
         factors = _Factors()
         product, bias = self._scores(factors)
         query, key = product.inputs

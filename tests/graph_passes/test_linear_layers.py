@@ -193,6 +193,30 @@ def test_chains_of_identity_and_transpose(workbench, make_model, sparse) -> None
     assert converted.error({"x": _x(2, K)}) <= EXACT
 
 
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_an_input_with_a_default_that_no_sum_needs(workbench, make_model, sparse, ir_version) -> None:
+    """With beta = 0 nothing reads C, but a caller may still give it, unless it is a constant: before IR version 4."""
+    proto = make_model(
+        [node("Gemm", ["x", "w", "c"], ["y"], beta=0.0)],
+        {"x": (2, K)},
+        ["y"],
+        {"w": sparse((K, N)), "c": _x(N)},
+        opset=9,
+        ir_version=ir_version,
+        extra_inputs=[
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in {"c": (N,), **({"w": (K, N)} if ir_version < 4 else {})}.items()
+        ],
+    )
+    del proto.opset_import[1:]
+    converted = workbench.convert(proto)
+    assert converted.op_types == ["SparseAMXMatMul"]
+    inputs = {value.name for value in converted.proto.graph.input}
+    assert inputs == ({"x", "w.sparamx"} if ir_version < 4 else {"x", "c"})
+    feeds = {"x": _x(2, K)} if ir_version < 4 else {"x": _x(2, K), "c": _x(N)}
+    assert converted.error(feeds) <= EXACT
+
+
 @pytest.mark.parametrize("ir_version", [3, 4, 8])
 def test_initializers_listed_as_inputs(workbench, make_model, sparse, open_session, ir_version) -> None:
     """Before IR version 4 every initializer was; from then on it means that a caller may replace it."""

@@ -153,10 +153,12 @@ def _attention(make_model, sparse, *, mask: str | None, sizes=None, opset: int =
     feeds: dict[str, np.ndarray] = {"x": _x(2, LENGTH, HIDDEN)}
     extra = []
     if mask is not None:
-        shapes = {"lengths": (2,), "raw": (2, LENGTH), "square": (2, LENGTH, LENGTH)}
+        shapes = {"lengths": (2,), "ends and beginnings": (4,), "raw": (2, LENGTH), "square": (2, LENGTH, LENGTH)}
         extra.append(helper.make_tensor_value_info("mask", TensorProto.INT32, shapes[mask]))
         inputs.append("mask")
         value = np.array([LENGTH, 4]) if mask == "lengths" else np.arange(LENGTH) < np.array([[LENGTH], [4]])
+        if mask == "ends and beginnings":
+            value = np.array([LENGTH, 4, 0, 2])
         if mask == "square":
             value = value[:, None] & np.tri(LENGTH, dtype=bool)
         feeds["mask"] = value.astype(np.int32)
@@ -201,6 +203,28 @@ def test_attention_that_is_left_alone(workbench, make_model, sparse, attributes,
     plan = workbench.convert(proto).node("attention")
     assert plan.reason is Reason.UNSUPPORTED_ATTRIBUTES
     assert words in plan.detail
+
+
+def test_a_mask_that_multi_head_attention_does_not_take(workbench, make_model, sparse, open_session) -> None:
+    proto, feeds = _attention(make_model, sparse, mask="ends and beginnings")
+    open_session(proto.SerializeToString()).run(None, feeds)
+    converted = workbench.convert(proto)
+    plan = converted.node("attention")
+    assert (plan.reason, "several numbers for an entry" in plan.detail) == (Reason.UNSUPPORTED_ATTRIBUTES, True)
+    assert converted.error(feeds) <= EXACT
+
+
+@pytest.mark.parametrize("imports", [{"ai.onnx": 20, MICROSOFT: 1}, {MICROSOFT: 1}])
+def test_the_other_name_of_the_domain(workbench, make_model, sparse, imports) -> None:
+    """Nodes behind the product are those of the version that the model imports, however it names the domain."""
+    proto, feeds = _attention(make_model, sparse, mask=None)
+    del proto.graph.node[1:]  # of ONNX's own operators
+    proto.graph.output[0].name = "a"
+    del proto.opset_import[:]
+    proto.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in imports.items())
+    converted = workbench.convert(proto)
+    assert "Attention" not in converted.op_types
+    assert converted.error(feeds) <= EXACT
 
 
 def test_a_layer_of_optimized_bert(workbench, make_model, sparse) -> None:

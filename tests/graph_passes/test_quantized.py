@@ -215,6 +215,20 @@ def test_malformed_scales(workbench, make_model) -> None:
         assert plan.reason is Reason.MALFORMED_NODE, attributes
 
 
+@pytest.mark.parametrize("weights", [None, "fp32"])
+def test_another_type_than_that_of_the_scales(workbench, make_model, weights) -> None:
+    """From opset 23 on a DequantizeLinear may say what it makes: that is then the type of the weight."""
+    for output_dtype, reason in (
+        (TensorProto.FLOAT16, Reason.QUANTIZED_WEIGHT),
+        (TensorProto.FLOAT, Reason.PACKED_DENSE),
+    ):
+        proto = _dequantizing(make_model, _INT8, np.int8, _scales(N), None, axis=1, output_dtype=output_dtype)
+        proto.opset_import[0].version = 23
+        converted = workbench.convert(proto, weights=weights)
+        packed = {Reason.CONVERTED: Reason.PACKED_DENSE}  # which of the two depends on the codes
+        assert packed.get(converted.node("y").reason, converted.node("y").reason) is reason
+
+
 def test_scales_in_fp16_are_kept_in_fp16(workbench, make_model) -> None:
     halves = _scales(5, N).astype(np.float16).astype(np.float32)
     sizes = []

@@ -272,6 +272,12 @@ def _over_heads() -> Builder:
     return b
 
 
+def _nan_becomes(number: float) -> Builder:
+    b = attention(nan=True)
+    b.constants[_node(b, "Where").input[1]] = np.array(number, np.float32)
+    return b
+
+
 def _turned_otherwise() -> Builder:
     b = attention()
     (node,) = [node for node in b.nodes if node.op_type == "Transpose"]
@@ -285,6 +291,7 @@ def test_what_is_not_understood_stays() -> None:
         (_somebody_reads("Softmax"), "unsupported_output", "softmax"),
         (_somebody_reads("Add"), "unsupported_output", "add"),
         (_over_heads(), "unsupported_attributes", "another dimension"),
+        (_nan_becomes(1.0), "unsupported_input", "not replaced by zero"),
         (_attribute("Softmax", "axis", "last"), "malformed_node", "'axis' of the Softmax node"),
         (_with_scores("Mul", "other"), "unsupported_input", "What makes its scores"),
         (_with_scores("Add", "second"), "unsupported_input", "A sum of its scores"),
@@ -305,6 +312,19 @@ def test_what_is_not_understood_stays() -> None:
         plan = plan_of(b)
         assert (plan.action, plan.reason.value) == (Action.LEFT_ALONE, reason), plan.text
         assert detail in plan.text
+
+
+@pytest.mark.parametrize(("axis", "reason"), [(None, "unsupported_attributes"), (3, "converted"), (-1, "converted")])
+def test_the_dimension_of_an_old_softmax(axis: int | None, reason: str) -> None:
+    """Before version 13, a Softmax that names no dimension is over all but the first."""
+    model = attention().model()
+    model.opset_import[0].version = 11
+    (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
+    del softmax.attribute[:]
+    if axis is not None:
+        softmax.attribute.append(helper.make_attribute("axis", axis))
+    (plan,) = pipeline.run(ir.from_proto(model), ConvertOptions(attention="fast")).attention
+    assert plan.reason.value == reason
 
 
 def test_shapes_that_are_not_known_keep_it() -> None:
