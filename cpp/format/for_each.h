@@ -3,20 +3,28 @@
 
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <thread>
 #include <vector>
 
 namespace sparamx {
 
 // Calls body(i) once for each i in [0, count) from up to `threads` threads (0: one per core); items are claimed one by
-// one.
+// one. What body throws is thrown here, when every thread has ended; items may then be left out.
 template <typename Body>
 void ForEach(size_t count, unsigned threads, const Body& body) {
   if (threads == 0) threads = std::thread::hardware_concurrency();
   if (threads > count) threads = static_cast<unsigned>(count);
   std::atomic<size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
   auto work = [&] {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+    try {
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+    } catch (...) {
+      next.store(count, std::memory_order_relaxed);
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
   };
   std::vector<std::thread> helpers;
   try {
@@ -26,6 +34,7 @@ void ForEach(size_t count, unsigned threads, const Body& body) {
   }
   work();
   for (auto& helper : helpers) helper.join();
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace sparamx

@@ -3,14 +3,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "format/for_each.h"
 #include "format/number.h"
 #include "format/packed_format.h"
 
@@ -136,6 +139,19 @@ TEST(Format, AutomaticFormIsTheSmaller) {
       const size_t dense = MustPack(w, shape, type, Form::kDense).size();
       EXPECT_EQ(MustPack(w, shape, type, Form::kAuto).size(), std::min(sparse, dense));
     }
+  }
+}
+
+// Every thread of the packer takes memory.
+TEST(Format, WhatAThreadThrowsReachesTheCaller) {
+  for (const unsigned threads : {1u, 4u}) {
+    std::atomic<size_t> done{0};
+    const auto body = [&](size_t i) {
+      if (i >= 500) throw std::bad_alloc();
+      ++done;
+    };
+    EXPECT_THROW(ForEach(1000, threads, body), std::bad_alloc);
+    EXPECT_EQ(done, 500u);
   }
 }
 
