@@ -37,11 +37,12 @@ const Rule kRules[] = {
 #include "runtime/choice_intel.inc"
 };
 
+// ASCII alone: JSON is UTF-8, which the environment need not be.
 std::string Quoted(const std::string& text) {
   std::string out = "\"";
   for (const char c : text) {
     if (c == '"' || c == '\\') out += '\\';
-    if (static_cast<unsigned char>(c) >= 0x20) out += c;
+    if (c >= 0x20 && c < 0x7f) out += c;
   }
   return out + "\"";
 }

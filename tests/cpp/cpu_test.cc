@@ -121,6 +121,16 @@ TEST_F(Cpu, AnUnknownLevelIsAnErrorThatNamesIt) {
   EXPECT_NE(CpuInfoJson().find("SPARAMX_ISA=sse9"), std::string::npos);
 }
 
+TEST_F(Cpu, AVariableThatIsNoTextLeavesTheDocumentOne) {
+  setenv("SPARAMX_ISA",
+         "\xff\x80\x01\x7f"
+         "a\"b",
+         1);
+  const std::string json = CpuInfoJson();
+  EXPECT_NE(json.find("\"forced\": \"a\\\"b\""), std::string::npos) << json;
+  for (const char c : json) ASSERT_TRUE(c >= 0x20 && c < 0x7f) << json;
+}
+
 TEST_F(Cpu, AnArgumentBeatsTheEnvironment) {
   setenv("SPARAMX_ISA", "sse9", 1);
   const Level* chosen = nullptr;
