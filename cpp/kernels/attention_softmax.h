@@ -58,17 +58,19 @@ SPARAMX_INLINE float Added(float score, float bias) {
 SPARAMX_INLINE void FinishScores(const AttentionJob& job, size_t r, Lanes (&x)[kKeyBlock / kVecFloats],
                                  size_t vectors) {
   float row[kKeyBlock];
+  const VisibleKeys seen = job.visible[r];
   if (job.softcap > 0.0f)
     for (size_t n = 0; n < vectors; ++n) Softcap(job.softcap, &x[n]);
   if (job.bias != nullptr || job.mask != nullptr) {
     __builtin_memcpy(row, x, vectors * sizeof(Lanes));
-    for (size_t t = 0; t < job.keys; ++t) {
+    // Not beyond what the row sees: a bias may have fewer numbers than there are keys.
+    const size_t biased = seen.last > job.first_key ? Smaller(job.keys, seen.last - job.first_key) : 0;
+    for (size_t t = 0; t < biased; ++t) {
       if (job.bias != nullptr) row[t] = Added(row[t], job.bias[r][job.first_key + t]);
       if (job.mask != nullptr) row[t] = Added(row[t], job.mask[r][job.first_key + t]);
     }
     __builtin_memcpy(x, row, vectors * sizeof(Lanes));
   }
-  const VisibleKeys seen = job.visible[r];
   const size_t end = job.first_key + job.keys;
   if (seen.first > job.first_key || seen.last < end || job.keys != vectors * kVecFloats) {
     __builtin_memcpy(row, x, vectors * sizeof(Lanes));

@@ -34,7 +34,9 @@ constexpr Role kPairs[][2] = {{Role::kPastKey, Role::kPastValue},
                               {Role::kCosCache, Role::kSinCache}};
 
 // Keys and positions are counted in 32 bits.
-constexpr int64_t kMostKeys = 0x7fffffff;
+constexpr size_t kMostKeys = 0x7fffffff;
+// Numbers of a head. A tensor without elements may claim any length: no size that follows from this one overflows.
+constexpr size_t kMostNumbers = size_t{1} << 20;
 
 const char* NameOf(Role role) {
   return kRoleRules[static_cast<size_t>(role)].name;
@@ -165,17 +167,22 @@ void SparseAMXAttentionKernel::ReadInputs(OrtKernelContext* context, Tensor* que
 Heads SparseAMXAttentionKernel::ReadHeads(const Tensor& tensor, const char* name, size_t heads, size_t pack) const {
   const Shape& s = tensor.shape;
   const int64_t h = Signed(heads), p = Signed(pack);
-  const auto view = [&](int64_t tokens, int64_t size, int64_t token, int64_t head) {
-    const int64_t entry = tokens * h * size * p;
+  const auto view = [&](int64_t token_count, int64_t length, bool by_head) {
+    const auto tokens = static_cast<size_t>(token_count), size = static_cast<size_t>(length);
+    if (size == 0 || size > kMostNumbers)
+      Fail(Status::Invalid(std::string(name) + " has the shape " + ShapeText(s) +
+                           ", but it must have heads of some size, of at most " + std::to_string(kMostNumbers) +
+                           " numbers"));
+    const size_t entry = tokens * heads * size * pack, head = (by_head ? tokens : 1) * size * pack;
     return Heads{static_cast<const float*>(tensor.data),
                  static_cast<size_t>(s[0]),
-                 static_cast<size_t>(tokens),
-                 static_cast<size_t>(size),
-                 {static_cast<size_t>(entry), static_cast<size_t>(token), static_cast<size_t>(head)}};
+                 tokens,
+                 size,
+                 {entry, by_head ? size : heads * size * pack, head}};
   };
-  if (pack == 1 && s.size() == 3 && s[2] % h == 0) return view(s[1], s[2] / h, s[2], s[2] / h);
-  if (pack == 1 && s.size() == 4 && s[1] == h) return view(s[2], s[3], s[3], s[2] * s[3]);
-  if (pack > 1 && s.size() == 5 && s[2] == h && s[3] == p) return view(s[1], s[4], h * p * s[4], p * s[4]);
+  if (pack == 1 && s.size() == 3 && s[2] % h == 0) return view(s[1], s[2] / h, false);
+  if (pack == 1 && s.size() == 4 && s[1] == h) return view(s[2], s[3], true);
+  if (pack > 1 && s.size() == 5 && s[2] == h && s[3] == p) return view(s[1], s[4], false);
   const std::string count = std::to_string(heads);
   Fail(Status::Invalid(std::string(name) + " has the shape " + ShapeText(s) + ", but it must be " +
                        (pack > 1
@@ -250,7 +257,6 @@ void SparseAMXAttentionKernel::SetPast(const Inputs& inputs, AttentionCall* call
 
 // A packed cache tells how many tokens it holds; seqlens_k may tell of fewer.
 void SparseAMXAttentionKernel::SetPackedPast(const Inputs& inputs, AttentionCall* call) const {
-  if (call->key_size == 0 || call->value_size == 0) Fail(Status::Invalid("a packed cache needs heads of some size"));
   call->layout = CacheLayout(options_.cache, call->key_size, call->value_size);
   if (Has(Role::kPastCache)) {
     const Tensor& cache = At(inputs, Role::kPastCache);
@@ -295,13 +301,13 @@ void SparseAMXAttentionKernel::SetTotal(const Inputs& inputs, AttentionCall* cal
     call->total = static_cast<size_t>(keys);
   }
   call->capacity = std::max(call->past_capacity, call->total);
-  if (Signed(call->capacity) > kMostKeys) Fail(Status::Invalid("its cache has more tokens than 32 bits can count"));
+  if (call->capacity > kMostKeys) Fail(Status::Invalid("its cache has more tokens than 32 bits can count"));
 }
 
 void SparseAMXAttentionKernel::SetRotary(const Inputs& inputs, AttentionCall* call) const {
   if (!Has(Role::kCosCache)) return;
   const Tensor &cos = At(inputs, Role::kCosCache), &sin = At(inputs, Role::kSinCache);
-  if (cos.shape.size() != 2 || cos.shape[1] * 2 > Signed(call->key_size))
+  if (cos.shape.size() != 2 || cos.shape[1] > Signed(call->key_size / 2))
     Fail(Status::Invalid("cos_cache has the shape " + ShapeText(cos.shape) + ", but it must be [positions, at most " +
                          std::to_string(call->key_size / 2) + "]"));
   Expect(sin, "sin_cache", cos.shape);
@@ -398,6 +404,17 @@ void SparseAMXAttentionKernel::CheckRoom(const AttentionCall& call) const {
                        " tokens, but the buffer given for past and present has room for " + std::to_string(room)));
 }
 
+// One buffer for past and present must be of one shape: in a larger one, rows have other places.
+void SparseAMXAttentionKernel::CheckOneBuffer(const AttentionCall& call) const {
+  const size_t rows = call.batch * options_.kv_heads;
+  const bool is_one = options_.packed ? call.past_cache != nullptr && call.past_cache == call.present_cache
+                                      : (call.past_key != nullptr && call.past_key == call.present_key) ||
+                                            (call.past_value != nullptr && call.past_value == call.present_value);
+  const bool has_one_shape =
+      options_.packed ? call.past_blocks == call.present_blocks : rows <= 1 || call.past_capacity == call.capacity;
+  if (is_one && !has_one_shape) Fail(Status::Invalid("past and present are one buffer, but of different shapes"));
+}
+
 void SparseAMXAttentionKernel::SetOutputs(OrtKernelContext* context, size_t query_rank, AttentionCall* call) const {
   size_t outputs = 0;
   Ort::ThrowOnError(api_.KernelContext_GetOutputCount(context, &outputs));
@@ -452,6 +469,7 @@ void SparseAMXAttentionKernel::Compute(OrtKernelContext* context) const {
   const Status status = attention_.Check(call);
   if (!status.ok()) Fail(status);
   SetOutputs(context, query.shape.size(), &call);
+  CheckOneBuffer(call);
 
   const size_t bytes = RoundUp(attention_.ScratchBytes(call), 64);
   Scratch scratch(api_, context, cpu_memory_, bytes + AddedFloats(inputs, call) * sizeof(float));

@@ -66,6 +66,7 @@ class SparseAMXAttentionKernel {
   size_t AddedFloats(const Inputs& inputs, const AttentionCall& call) const;
   void WriteAdded(const Inputs& inputs, float* added, AttentionCall* call) const;
   void CheckRoom(const AttentionCall& call) const;
+  void CheckOneBuffer(const AttentionCall& call) const;
   void SetOutputs(OrtKernelContext* context, size_t query_rank, AttentionCall* call) const;
   void Expect(const Tensor& tensor, const char* name, const Shape& shape) const;
   [[noreturn]] void Fail(const Status& status) const;

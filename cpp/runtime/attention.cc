@@ -20,6 +20,8 @@ namespace {
 constexpr size_t kPartKeys = 512;
 // Keys that one work item writes to the cache.
 constexpr size_t kAppendKeys = 256;
+// More make no sense, and fewer leave every size that follows without an overflow.
+constexpr size_t kMostHeads = size_t{1} << 16;
 constexpr float kNothingSeen = -std::numeric_limits<float>::infinity();
 
 // How many keys an entry of the batch has before this call, new in it, and then.
@@ -198,6 +200,9 @@ Status Attention::Init(const Options& options) {
   if (!status.ok()) return status;
   kernel_ = &ChooseAttention(*level);
   packed_kernel_ = &ChoosePackedAttention(*level);
+  if (options.heads > kMostHeads)
+    return Status::Invalid("its " + std::to_string(options.heads) + " query heads are more than " +
+                           std::to_string(kMostHeads));
   if (options.heads == 0 || options.kv_heads == 0 || options.heads % options.kv_heads != 0)
     return Status::Invalid("its " + std::to_string(options.heads) + " query heads cannot share " +
                            std::to_string(options.kv_heads) + " key and value heads equally");
@@ -213,16 +218,19 @@ Status Attention::CheckPast(const AttentionCall& c, size_t entry, size_t past) c
   if (past == 0) return {};
   for (size_t head = 0; head < options_.kv_heads; ++head) {
     const size_t row_bytes = c.layout.RowBytes(c.past_blocks);
-    const std::string which = "past_cache of entry " + std::to_string(entry) + ", head " + std::to_string(head) + ": ";
+    // Made where something is wrong: every call comes through here, and shall allocate nothing.
+    const auto which = [&] {
+      return "past_cache of entry " + std::to_string(entry) + ", head " + std::to_string(head) + ": ";
+    };
     size_t stored = 0;
     const uint8_t* const row = c.past_cache + (entry * options_.kv_heads + head) * row_bytes;
     const Status status = ReadCacheHeader(c.layout, row, c.past_blocks, &stored);
-    if (!status.ok()) return {status.code, which + status.message};
+    if (!status.ok()) return {status.code, which() + status.message};
     if (past > stored)
-      return Status::Invalid(which + "it holds " + std::to_string(stored) + " tokens, but the call has a past of " +
+      return Status::Invalid(which() + "it holds " + std::to_string(stored) + " tokens, but the call has a past of " +
                              std::to_string(past));
     if (c.layout.PackedBlocks(past) != c.layout.PackedBlocks(stored))
-      return Status::Invalid(which + "of its " + std::to_string(stored) + " tokens, blocks after the first " +
+      return Status::Invalid(which() + "of its " + std::to_string(stored) + " tokens, blocks after the first " +
                              std::to_string(past) + ", the past of the call, are packed already");
   }
   return {};
@@ -230,24 +238,24 @@ Status Attention::CheckPast(const AttentionCall& c, size_t entry, size_t past) c
 
 Status Attention::Check(const AttentionCall& c) const {
   for (size_t entry = 0; entry < c.batch; ++entry) {
-    const std::string which = "entry " + std::to_string(entry) + " of the batch";
+    const auto which = [&] { return "entry " + std::to_string(entry) + " of the batch"; };
     if (c.last_keys != nullptr) {
       const int64_t total = static_cast<int64_t>(c.last_keys[entry]) + 1;
       if (total < 1 || static_cast<uint64_t>(total) > c.total)
         return Status::Invalid(
-            "seqlens_k says that " + which + " has " + std::to_string(total) +
+            "seqlens_k says that " + which() + " has " + std::to_string(total) +
             " tokens in all, which is not in 1 to total_sequence_length = " + std::to_string(c.total));
       if (!IsFirst(c) && static_cast<uint64_t>(total) < c.new_keys)
-        return Status::Invalid("seqlens_k says that " + which + " has " + std::to_string(total) +
+        return Status::Invalid("seqlens_k says that " + which() + " has " + std::to_string(total) +
                                " tokens in all, fewer than the " + std::to_string(c.new_keys) +
                                " that this call brings");
       const uint64_t past = IsFirst(c) ? 0 : static_cast<uint64_t>(total) - c.new_keys;
       if (past > c.past_capacity)
-        return Status::Invalid(which + " has a past of " + std::to_string(past) +
+        return Status::Invalid(which() + " has a past of " + std::to_string(past) +
                                " tokens, but the past cache holds at most " + std::to_string(c.past_capacity));
     }
     if (c.valid_keys != nullptr && (c.valid_keys[entry] < 0 || static_cast<uint64_t>(c.valid_keys[entry]) > c.new_keys))
-      return Status::Invalid("nonpad_kv_seqlen says that " + which + " has " + std::to_string(c.valid_keys[entry]) +
+      return Status::Invalid("nonpad_kv_seqlen says that " + which() + " has " + std::to_string(c.valid_keys[entry]) +
                              " keys, but the call has " + std::to_string(c.new_keys));
     const Lengths lengths = LengthsOf(c, entry);
     if (options_.packed) {
@@ -257,7 +265,7 @@ Status Attention::Check(const AttentionCall& c) const {
     for (size_t s = 0; c.cos != nullptr && s < std::min(c.queries, lengths.fresh); ++s) {
       const int64_t position = PositionOf(c, lengths, entry, s);
       if (position < 0 || static_cast<uint64_t>(position) >= c.rotary_positions)
-        return Status::Invalid("token " + std::to_string(s) + " of " + which + " has the position " +
+        return Status::Invalid("token " + std::to_string(s) + " of " + which() + " has the position " +
                                std::to_string(position) + ", but cos_cache and sin_cache have " +
                                std::to_string(c.rotary_positions) + " rows");
     }
@@ -544,7 +552,8 @@ void Attention::Task::AttendItem(size_t item) const {
     AskAfter(head, std::min(lengths.total, last_seen), first_seen, &job);
     attention->kernel_->attend(job);
   }
-  if (append && is_last_part && !packed) Append(entry, kv_head, std::max(begin, lengths.total), c.capacity);
+  // What lies beyond a short entry's keys may begin in an earlier part, which has left it.
+  if (append && is_last_part && !packed) Append(entry, kv_head, lengths.total, c.capacity);
   if (plan.parts == 1)
     for (size_t r = 0; r < rows; ++r)
       Finish(entry, kv_head, first_row + r, slot.max[r], slot.denominator[r], slot.sums + r * c.value_size);
@@ -581,7 +590,7 @@ void Attention::Task::Finish(size_t entry, size_t kv_head, size_t row, float max
   if (c.sink != nullptr || options.smooth) {
     const float sink = c.sink != nullptr ? c.sink[head] : 0.0f, top = std::max(max, sink);
     factor = max == kNothingSeen ? 0.0f : std::exp(max - top);
-    denominator = denominator * factor + std::exp(sink - top);
+    denominator = denominator * factor + (sink == kNothingSeen ? 0.0f : std::exp(sink - top));
   }
   if (denominator != 0.0f) factor /= denominator;
   float* const out = c.output + c.output_strides.At(entry, token, head);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -65,7 +66,7 @@ struct Conversation {
     return v;
   }
 
-  Status Call(size_t fresh) {
+  Status Call(size_t fresh, const std::vector<float>* bias = nullptr) {
     query = Normal(fresh * s.heads * s.key_size);
     const std::vector<float> key = Normal(fresh * s.kv_heads * s.key_size);
     const std::vector<float> value = Normal(fresh * s.kv_heads * s.value_size);
@@ -90,6 +91,7 @@ struct Conversation {
     call.last_keys = &last;
     call.total = call.capacity = tokens + fresh;
     call.output = output.data();
+    if (bias != nullptr) call.bias = {bias->data(), {}, bias->size()};
     const Status checked = attention.Check(call);
     if (!checked.ok()) return checked;
     const std::unique_ptr<uint8_t[]> scratch(new uint8_t[attention.ScratchBytes(call) + 64]);
@@ -182,6 +184,23 @@ TEST(PackedAttention, PromptsInChunks) {
         ASSERT_EQ(c.Call(fresh).message, "") << level->name;
         ASSERT_LE(Error(c, fresh), 2e-5) << level->name << " key size " << setting.key_size << " after " << c.tokens;
       }
+    }
+}
+
+// Keys that a bias has no numbers for are hidden, and memory behind it is not read: the block is of exactly its size.
+TEST(PackedAttention, ABiasMayHaveFewerKeysThanThereAre) {
+  const Setting setting = {4, 2, 24, 20, {0.3f, 0.5f, 0, 0}};
+  for (const Level* level : TestedLevels())
+    for (const size_t keys : {1, 70, 128, 150}) {
+      Conversation c(setting, 300, level->name, 6);
+      ASSERT_EQ(c.Call(200).message, "");
+      Conversation other = c;
+      std::vector<float> bias = c.Normal(keys);
+      other.random = c.random;
+      ASSERT_EQ(c.Call(1, &bias).message, "");
+      bias.resize(201, -std::numeric_limits<float>::infinity());
+      ASSERT_EQ(other.Call(1, &bias).message, "");
+      EXPECT_EQ(c.output, other.output) << level->name << " " << keys;
     }
 }
 

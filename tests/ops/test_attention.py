@@ -462,6 +462,75 @@ def test_keys_that_a_query_does_not_see_do_not_matter(isa: str, bad: float, monk
     assert np.isfinite(run(attention_session(options, step), Case(options, step, shared=True))[0]).all()
 
 
+def _run_bound(session: onnxruntime.InferenceSession, inputs: Inputs, outputs: Inputs) -> None:
+    """A run that writes into arrays; those that are inputs, too, or begin where one does, share its memory."""
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    for name, array in outputs.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    session.run_with_iobinding(binding)
+
+
+def _ragged_step(lengths: list[int]) -> Case:
+    """A decode step whose entries end with these lengths."""
+    rng = np.random.default_rng(8)
+    batch, past = len(lengths), max(lengths) - 1
+    inputs: Inputs = {
+        "query": rng.standard_normal((batch, 1, 64), np.float32),
+        "key": rng.standard_normal((batch, 1, 32), np.float32),
+        "value": rng.standard_normal((batch, 1, 32), np.float32),
+        "past_key": rng.standard_normal((batch, 2, past, 16), np.float32),
+        "past_value": rng.standard_normal((batch, 2, past, 16), np.float32),
+        "seqlens_k": np.array(lengths, np.int32) - 1,
+        "total_sequence_length": np.array(max(lengths), np.int32),
+    }
+    return Case(AttentionOptions(4, 2), inputs, shared=False)
+
+
+def test_beyond_the_keys_of_an_entry_a_new_cache_has_zeros() -> None:
+    case = _ragged_step([101, 700, 1601])  # keys are cut into three parts
+    outputs = {
+        "output": np.full((3, 1, 64), 7, np.float32),
+        "present_key": np.full((3, 2, 1601, 16), 7, np.float32),
+        "present_value": np.full((3, 2, 1601, 16), 7, np.float32),
+    }
+    _run_bound(attention_session(case.options, case.inputs), case.inputs, outputs)
+    expected = expected_of(case)
+    np.testing.assert_array_equal(outputs["present_key"], expected.present_key)
+    np.testing.assert_array_equal(outputs["present_value"], expected.present_value)
+
+
+def test_one_buffer_of_two_shapes_is_refused() -> None:
+    case = _ragged_step([20, 30])
+    room = {name: np.zeros((2, 2, 30, 16), np.float32) for name in ("present_key", "present_value")}
+    inputs = dict(case.inputs)
+    for past in ("past_key", "past_value"):
+        inputs[past] = room[past.replace("past", "present")].reshape(-1)[: inputs[past].size].reshape(2, 2, 29, 16)
+    session = attention_session(case.options, inputs)
+    with pytest.raises(Exception, match="past and present are one buffer, but of different shapes"):
+        _run_bound(session, inputs, {"output": np.zeros((2, 1, 64), np.float32), **room})
+
+
+def test_a_sink_of_minus_infinity_is_none() -> None:
+    rng = np.random.default_rng(9)
+    inputs: Inputs = {name: rng.standard_normal((2, 3, 16 * heads), np.float32) for name, heads in GROUPED.items()}
+    inputs["attention_bias"] = np.zeros((1, 1, 3, 3), np.float32)
+    inputs["attention_bias"][0, 0, 1] = -np.inf
+    inputs["head_sink"] = rng.standard_normal(GROUPED["query"], np.float32)
+    inputs["head_sink"][::2] = -np.inf
+    case = Case(AttentionOptions(GROUPED["query"], GROUPED["key"]), inputs, shared=False)
+    output = run(attention_session(case.options, inputs), case)[0]
+    assert _error(output, expected_of(case).output) <= REFERENCE_ERROR
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 0), (1, 1 << 40, 0), (1, 0, 1 << 38), (1, 0, 1 << 58)])
+def test_heads_of_no_size_or_of_any_are_refused(shape: tuple[int, ...]) -> None:
+    inputs = {name: np.zeros(shape, np.float32) for name in ("query", "key", "value")}
+    with pytest.raises(Exception, match=r"query has the shape .* heads of some size, of at most 1048576 numbers"):
+        attention_session(AttentionOptions(1, 1), inputs).run(None, inputs)
+
+
 def test_a_buffer_that_is_too_small_is_refused() -> None:
     case = dataclasses.replace(_step(), shared=True)
     case.inputs["seqlens_k"][1], case.inputs["total_sequence_length"] = 24, np.array(25, np.int32)
@@ -554,6 +623,8 @@ def test_an_entry_shorter_than_the_calls_tokens_is_refused() -> None:
     [
         (AttentionOptions(4, 3), (), "4 query heads cannot share 3 key and value heads"),
         (AttentionOptions(4, 0), (), "cannot share"),
+        # Three times so many are one less than none in 64 bits.
+        (AttentionOptions(6148914691236517205, 6148914691236517205), (), "query heads are more than 65536"),
         (AttentionOptions(4, 2, local_window_size=0), (), "a window of 0 keys"),
         (
             AttentionOptions(4, 2, local_window_size=3, causal=False),
