@@ -198,7 +198,8 @@ void Host::ParallelRun(void* host, size_t count, void (*body)(void*, size_t), vo
   for (size_t i = 0; i < count; ++i) body(user, i);
 }
 
-Scratch::Scratch(const OrtApi& api, OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes) : api_(api) {
+Scratch::Scratch(const OrtApi& api, OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes)
+    : Scratch(api) {
   if (bytes <= kOnStack) return;
   Ort::ThrowOnError(api.KernelContext_GetAllocator(context, memory, &allocator_));
   allocated_ = allocator_->Alloc(allocator_, bytes + 64);

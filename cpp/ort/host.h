@@ -118,6 +118,9 @@ class Scratch {
   // Scratch up to this size is taken from the stack: a call of the allocator costs more than a small product.
   static constexpr size_t kOnStack = 16 * 1024;
 
+  // What the other constructor took is given back where that one throws, as it comes after this one.
+  explicit Scratch(const OrtApi& api) : api_(api) {}
+
   const OrtApi& api_;
   OrtAllocator* allocator_ = nullptr;
   void* allocated_ = nullptr;

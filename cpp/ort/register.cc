@@ -1,6 +1,6 @@
 // The library's entry point for ONNX Runtime.
 #include <exception>
-#include <mutex>
+#include <string>
 
 #include "ort/sparse_amx_attention.h"
 #include "ort/sparse_amx_matmul.h"
@@ -26,11 +26,12 @@ OrtStatus* TooOld(const OrtApiBase* base) {
 }
 
 // The domain of a session's options must live as long as the session, which nobody tells us the end of: one for the
-// process.
-Ort::CustomOpDomain& Domain() {
+// process. The api is set with it, once, as other threads may be using it already.
+Ort::CustomOpDomain& Domain(const OrtApi* api) {
   static const sparamx::SparseAMXMatMul matmul(sparamx::Element::kFp32), half_matmul(sparamx::Element::kFp16);
   static const sparamx::SparseAMXAttention attention;
-  static Ort::CustomOpDomain* domain = [] {
+  static Ort::CustomOpDomain* domain = [api] {
+    Ort::InitApi(api);
     auto* made = new Ort::CustomOpDomain("com.sparamx");
     made->Add(&matmul);
     made->Add(&half_matmul);
@@ -46,12 +47,11 @@ SPARAMX_ENTRY OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Ort
   const OrtApi* api = base->GetApi(sparamx::kApiVersion);
   if (api == nullptr) return TooOld(base);
   try {
-    Ort::InitApi(api);
     // A second registration would be refused, by newer runtimes only when the session is made: it is a no-op instead.
     int registered = 0;
     if (OrtStatus* status = api->HasSessionConfigEntry(options, kRegistered, &registered)) return status;
     if (registered != 0) return nullptr;
-    if (OrtStatus* status = api->AddCustomOpDomain(options, Domain())) return status;
+    if (OrtStatus* status = api->AddCustomOpDomain(options, Domain(api))) return status;
     return api->AddSessionConfigEntry(options, kRegistered, "1");
   } catch (const std::exception& e) {
     return api->CreateStatus(ORT_FAIL, e.what());
