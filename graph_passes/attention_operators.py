@@ -181,7 +181,10 @@ def _read_group_query(node: ir.Node) -> Replacement | Refusal:
     if rotates and not {"cos_cache", "sin_cache"} <= inputs.keys():
         return Refusal(AttentionReason.MALFORMED_NODE, "It rotates without cos_cache and sin_cache.")
     kept = {role: value for role, value in inputs.items() if rotates or role not in _ROTARY}
-    return Replacement(kept, [a for a in node.attributes.values() if a.name in _GROUP_QUERY_KEPT])
+    attributes = [a for a in node.attributes.values() if a.name in _GROUP_QUERY_KEPT]
+    if int_attribute(node, "smooth_softmax", 0) != 1:  # its default is -1, and ours 0
+        attributes = [a for a in attributes if a.name != "smooth_softmax"]
+    return Replacement(kept, attributes)
 
 
 def _rank(value: ir.Value | None) -> int | None:

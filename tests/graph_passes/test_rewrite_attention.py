@@ -124,6 +124,7 @@ def attention_plan(proto: onnx.ModelProto, **options: Any) -> AttentionPlan:
         (True, [], {"rotary_interleaved": 1}),
         (True, ["position_ids"], {"local_window_size": 5, "scale": 0.2}),
         (False, ["attention_bias", "head_sink"], {"softcap": 3.0}),
+        (False, [], {"smooth_softmax": -1}),  # the default, written out
         (False, [], {"do_rotary": 0, "smooth_softmax": 1, "kv_cache_bit_width": 0, "k_quant_type": "NONE"}),
     ],
 )
