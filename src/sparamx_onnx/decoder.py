@@ -39,6 +39,7 @@ _TYPES: Mapping[str, type[np.generic]] = {
 }
 # What a run can be given besides the cache.
 _FED = ("input_ids", "attention_mask", "position_ids", "seqlens_k", "total_sequence_length")
+_TELL_LENGTHS = ("attention_mask", "seqlens_k")
 # A cache line: kernels read whole lines.
 _ALIGNMENT = 64
 
@@ -168,7 +169,8 @@ class DecoderSession:
             The logits after every row's last token, float32 [batch, vocab].
 
         Raises:
-            SparamxError: A prompt is empty or longer than the capacity, or ONNX Runtime fails.
+            SparamxError: A prompt is empty or longer than the capacity, prompts differ in length and the model cannot be
+                told so, or ONNX Runtime fails.
         """
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         if not lengths.size or lengths.min() < 1:
@@ -286,6 +288,10 @@ class DecoderSession:
                 feeds["position_ids"] = np.arange(past, total) + np.zeros_like(tokens)
         else:
             mask, feeds["position_ids"] = self._masked(mask, np.ones(tokens.shape, bool) if real is None else real)
+            if not mask.all() and self._fed.keys().isdisjoint(_TELL_LENGTHS):
+                raise SparamxError(
+                    "rows differ in length, and the model has no attention_mask or seqlens_k to be told of it"
+                )
         feeds["attention_mask"] = mask
         if "seqlens_k" in self._fed:
             feeds["seqlens_k"] = mask.sum(axis=1) - 1

@@ -232,6 +232,12 @@ def test_what_does_not_fit_is_refused_and_leaves_the_cache_as_it_was(decoder: De
         decoder.generate([[1]], 3, temperature=-1)
 
 
+_grows = pytest.mark.skipif(
+    onnxruntime.__version__.startswith("1.21."),
+    reason="GroupQueryAttention of onnxruntime 1.21 crashes where a cache grows",
+)
+
+
 def growing() -> onnx.ModelProto:
     """The same, but what it writes is not what it reads, and nothing tells how many logits there are."""
     model = one_layer()
@@ -246,10 +252,7 @@ def growing() -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.skipif(
-    onnxruntime.__version__.startswith("1.21."),
-    reason="GroupQueryAttention of onnxruntime 1.21 crashes where a cache grows",
-)
+@_grows
 def test_a_cache_that_grows_gives_the_same(paths: dict[str, Path], tmp_path: Path) -> None:
     onnx.save(growing(), tmp_path / "growing.onnx")
     shared, grown = (DecoderSession(path, capacity=CAPACITY) for path in (paths["dense"], tmp_path / "growing.onnx"))
@@ -268,6 +271,32 @@ def test_a_cache_that_grows_gives_the_same(paths: dict[str, Path], tmp_path: Pat
         assert decoder.lengths.tolist() == [8]
     grown.reset()
     assert (grown.batch, grown.cache_bytes) == (0, 0)
+
+
+@_grows
+def test_a_model_without_a_mask_takes_rows_of_one_length(tmp_path: Path) -> None:
+    """It would take the padding of shorter rows for tokens."""
+    model = growing()
+    del model.graph.input[1]
+    sizes = {"rows": ("input_ids", 0), "new": ("input_ids", 1), "old": ("past_key_values.0.key", 2)}
+    model.graph.node.extend(
+        [
+            *(helper.make_node("Shape", [of], [name], start=at, end=at + 1) for name, (of, at) in sizes.items()),
+            helper.make_node("Add", ["new", "old"], ["length"]),
+            helper.make_node("Concat", ["rows", "length"], ["whole"], axis=0),
+            helper.make_node(
+                "ConstantOfShape", ["whole"], ["attention_mask"], value=numpy_helper.from_array(np.array([1]))
+            ),
+        ]
+    )
+    nodes = [model.graph.node.pop() for _ in range(6)][::-1] + list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "model.onnx")
+    decoder = DecoderSession(tmp_path / "model.onnx", capacity=CAPACITY)
+    assert decoder.prefill([[1, 2], [3, 4]]).shape == (2, VOCAB)
+    with pytest.raises(SparamxError, match="rows differ in length, and the model has no attention_mask or seqlens_k"):
+        decoder.prefill([[1, 2], [3]])
 
 
 def test_inputs_and_caches_of_other_kinds_are_refused(tmp_path: Path) -> None:
