@@ -169,8 +169,8 @@ class DecoderSession:
             The logits after every row's last token, float32 [batch, vocab].
 
         Raises:
-            SparamxError: A prompt is empty or longer than the capacity, prompts differ in length and the model cannot be
-                told so, or ONNX Runtime fails.
+            SparamxError: A prompt is empty or longer than the capacity, prompts differ in length and the model has no
+                mask, or ONNX Runtime fails.
         """
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         if not lengths.size or lengths.min() < 1:
