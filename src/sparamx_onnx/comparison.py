@@ -18,7 +18,8 @@ class OutputError:
     Attributes:
         name: The output.
         shape: Its shape in the first run.
-        relative_error: max |difference| / max |reference|; None where shapes or non-finite values differ.
+        relative_error: max |difference| / max |reference|; None where shapes or non-finite values differ, or where the
+            reference holds no number but those.
         cosine: The lowest cosine between corresponding vectors along the last axis; None as above.
         argmax_agreement: Share of those vectors whose largest element is at the same place; None for vectors of one.
         problem: What makes the outputs incomparable, or None.
@@ -44,12 +45,13 @@ def compare(name: str, expected: Sequence[Array], actual: Sequence[Array], toler
         tolerance: Largest relative error that passes.
     """
     shape = expected[0].shape
-    errors, cosines, agreements = [], [], []
+    errors, cosines, agreements, numbers = [], [], [], 0
     for wanted, got in zip(expected, actual, strict=True):
         if wanted.shape != got.shape:
             return OutputError(name, shape, None, None, None, f"shape {got.shape} instead of {wanted.shape}", False)
         wanted, got = np.asarray(wanted, np.float64), np.asarray(got, np.float64)
         finite = np.isfinite(wanted)
+        numbers += int(np.count_nonzero(finite))
         # Infinities and NaNs of the reference are results like others: they must be there again, and only they.
         if not np.array_equal(wanted[~finite], got[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
             return OutputError(name, shape, None, None, None, "infinite or NaN values differ", False)
@@ -58,6 +60,8 @@ def compare(name: str, expected: Sequence[Array], actual: Sequence[Array], toler
         cosines.append(_lowest_cosine(wanted, got))
         if wanted.ndim and wanted.shape[-1] > 1 and wanted.size:
             agreements.append(float(np.mean(wanted.argmax(-1) == got.argmax(-1))))
+    if not numbers and any(run.size for run in expected):
+        return OutputError(name, shape, None, None, None, "the reference is infinite or NaN throughout", False)
     error = max(errors)
     agreement = min(agreements) if agreements else None
     if math.isinf(error):

@@ -31,7 +31,7 @@ class LayerError:
         layer: The module that it came from, or the operator's name; with several results, the result's name too.
         node: The operator's name.
         alone: Relative error if it gets the inputs that it has in the first model: its own error. None where infinite
-            or undefined values differ, or the reference is all zero and the result is not.
+            or undefined values differ or are all there is, or the reference is all zero and the result is not.
         so_far: Relative error in the second model, where it gets what the operators before it have made; None as above.
     """
 

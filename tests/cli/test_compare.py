@@ -48,6 +48,14 @@ def test_infinite_and_nan_values_must_agree() -> None:
         assert (result.within, result.problem) == (False, "infinite or NaN values differ")
 
 
+def test_where_nothing_can_be_compared_nothing_passes() -> None:
+    nothing, something = np.array([np.nan, -np.inf]), np.array([np.nan, 1.0])
+    result = compare("y", [nothing, nothing], [nothing, nothing], 0.01)
+    assert (result.relative_error, result.within) == (None, False)
+    assert result.problem == "the reference is infinite or NaN throughout"
+    assert compare("y", [nothing, something], [nothing, something], 0.01).within
+
+
 def test_shapes_scalars_and_integers() -> None:
     assert _compare(np.zeros((2, 3)), np.zeros((3, 2))).problem == "shape (3, 2) instead of (2, 3)"
     scalar = _compare(2.0, 2.0)
