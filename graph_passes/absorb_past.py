@@ -15,7 +15,8 @@ def absorb_past(node: ir.Node) -> None:
 
     Rules:
 
-    1. Key and value must each come from a Concat of two along the tokens, by head, with pasts of the same length.
+    1. Key and value must each come from a Concat of their own, of two along the tokens, by head, with pasts of the same
+       length.
     2. The results must be outputs of the graph, which the node's presents then are, and nothing else may read them.
     3. The node must not be causal: what a query sees would depend on the past.
     """
@@ -26,7 +27,7 @@ def absorb_past(node: ir.Node) -> None:
     if int_attribute(node, "causal", 1) or {"past_key", "nonpad_kv_seqlen", "seqlens_k"} & inputs.keys():
         return
     key, value = (_concat(inputs.get(role), node) for role in ("key", "value"))
-    if key is None or value is None:
+    if key is None or value is None or key is value:  # one tensor cannot be both presents
         return
     if _past_length(key) is None or _past_length(key) != _past_length(value):
         return

@@ -14,7 +14,7 @@ from sparamx_onnx.graph_passes.plan import Action, NodePlan, Reason
 from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruner
 from sparamx_onnx.graph_passes.prune_magnitude import prune_by_magnitude
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen
-from sparamx_onnx.graph_passes.spared_layers import chooses_experts, spared_because
+from sparamx_onnx.graph_passes.spared_layers import exact_because, spared_because
 from sparamx_onnx.ops.packing import QUANTIZED, PackOptions, WeightType
 
 
@@ -24,8 +24,8 @@ def choose_layers(found: Iterable[Found], options: ConvertOptions) -> Iterator[C
     Rules:
 
     1. What an exclude pattern matches is left alone, and, where there are include patterns, what none of them matches.
-    2. A layer that chooses experts stays fp32, and what ``spared_because`` names is not pruned, unless an include
-       pattern matches it.
+    2. A layer that rounding may ruin (``exact_because``) stays fp32, and what ``spared_because`` names is not pruned,
+       unless an include pattern matches it.
     3. A quantized weight keeps its codes unless another type is asked for. One whose codes cannot be kept is converted
        only if a type is asked for.
     """
@@ -37,22 +37,21 @@ def choose_layers(found: Iterable[Found], options: ConvertOptions) -> Iterator[C
 
 def _choose(layer: LinearLayer, plan: NodePlan, options: ConvertOptions) -> Chosen | None:
     included, excluded = (_first_match(patterns, plan) for patterns in (options.include, options.exclude))
-    # Rounding may exchange two experts.
-    stays_exact = chooses_experts(layer) and included is None and not layer.static
+    exact = exact_because(layer) if included is None and not layer.static else ""
     codes: KeptCodes | NotConstant | None
     if excluded is not None:
         codes = NotConstant(Reason.EXCLUDED_BY_USER, f"It is {excluded}.")
     elif options.include and included is None:
         codes = NotConstant(Reason.NOT_INCLUDED_BY_USER)
     else:
-        codes = None if stays_exact else _codes_to_keep(layer, options)
+        codes = None if exact else _codes_to_keep(layer, options)
     if isinstance(codes, NotConstant):
         plan.action, plan.reason, plan.detail = Action.LEFT_ALONE, codes.reason, codes.detail
         plan.bias, plan.epilogue, plan.absorbed = False, "none", ()
         return None
-    if stays_exact:
+    if exact:
         packed_as = PackOptions(WeightType.FP32)
-        plan.detail = "It chooses experts, so it stays fp32."
+        plan.detail = f"{exact}, so it stays fp32."
     else:
         packed_as = options.pack_options if codes is None else codes.options
     plan.weight_type, plan.group_size = packed_as.weight_type.value, packed_as.group_size or None

@@ -307,6 +307,30 @@ def test_routers_stay_exact_unless_they_are_named(workbench, make_model, sparse,
     assert named.plan.nodes[0].weight_type == weights
 
 
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_angles_stay_exact_unless_they_are_named(workbench, make_model, sparse, weights) -> None:
+    """Positions times frequencies: in bf16 the larger positions are others, and so are their angles."""
+    nodes = [
+        node("Unsqueeze", ["x", "axis"], ["p"]),
+        node("MatMul", ["p", "frequencies"], ["a"]),
+        node("Concat", ["a", "a"], ["twice"], axis=-1),
+        node("Mul", ["twice", "turn"], ["angles"]),
+        node("Cos", ["angles"], ["y"]),
+    ]
+    initializers = {
+        "axis": np.array([1]),
+        "frequencies": np.float32(100.0) ** -np.linspace(0, 1, 32, dtype=np.float32)[None],
+        "turn": np.float32(0.5),
+    }
+    proto = make_model(nodes, {"x": ("positions",)}, ["y"], initializers)
+    converted = workbench.convert(proto, weights=weights)
+    assert converted.node("a").weight_type == "fp32"
+    assert converted.node("a").text.endswith("It makes angles, so it stays fp32.")
+    assert converted.error({"x": np.arange(1000, 1100, dtype=np.float32)}) <= EXACT
+    named = workbench.convert(proto, name="named.onnx", weights=weights, include=["frequencies"])
+    assert named.node("a").weight_type == (weights or "bf16")
+
+
 def test_a_vocabulary_that_tokens_are_picked_from_is_no_router(workbench, make_model, sparse) -> None:
     nodes = [node("MatMul", ["x", "head"], ["m"]), node("TopK", ["m", "two"], ["v", "i"])]
     initializers = {"head": sparse((32, 1025)), "two": np.array([2], np.int64)}

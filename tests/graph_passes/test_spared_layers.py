@@ -78,6 +78,9 @@ def test_structures_that_are_spared(make_model, sparse) -> None:
     assert "output head" in _spared(_layer(make_model, sparse, n=512, outputs=("m",)))
     softmax = [node("Cast", ["m"], ["c"], to=1), node("Softmax", ["c"], ["y"])]
     assert "output head" in _spared(_layer(make_model, sparse, n=512, after=softmax))
+    assert "angles" in _spared(_layer(make_model, sparse, after=[node("Sin", ["m"], ["y"])]))
+    turned = [node("Add", ["m", "m"], ["s"]), node("Sin", ["s"], ["y"])]
+    assert _spared(_layer(make_model, sparse, after=turned)) == ""
     routed = [node("Softmax", ["m"], ["s"]), node("TopK", ["s", "two"], ["y", "i"])]
     assert "experts" in _spared(_layer(make_model, sparse, after=routed, extra={"two": np.array([2], np.int64)}))
     tied = make_model(

@@ -203,6 +203,18 @@ def test_a_past_that_somebody_else_reads_stays_apart(workbench) -> None:
     assert converted.error(b.feeds()) < 1e-5
 
 
+def test_one_past_for_keys_and_values_stays_apart(workbench) -> None:
+    b = Builder()
+    query = b.input("query", ["batch", HEADS, "tokens", SIZE])
+    parts = [b.input("past", ["batch", HEADS, "past", SIZE]), b.input("new", ["batch", HEADS, "keys", SIZE])]
+    both = b.add("Concat", parts, ["batch", HEADS, "total", SIZE], axis=2)
+    scores = b.add("MatMul", [query, turned(b, both, "by head")])
+    b.outputs = [b.add("MatMul", [b.add("Softmax", [scores], axis=-1), both]), both]
+    converted = workbench.convert(b.model(), attention="fast")
+    assert converted.op_types == ["Concat", "SparseAMXAttention"]
+    assert converted.error(b.feeds()) < 1e-5
+
+
 def plan_of(b: Builder) -> AttentionPlan:
     (plan,) = pipeline.run(ir.from_proto(b.model()), ConvertOptions(attention="fast")).attention
     return plan
