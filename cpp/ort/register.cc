@@ -1,5 +1,6 @@
 // The library's entry point for ONNX Runtime.
 #include <exception>
+#include <mutex>
 #include <string>
 
 #include "ort/sparse_amx_attention.h"
@@ -26,12 +27,11 @@ OrtStatus* TooOld(const OrtApiBase* base) {
 }
 
 // The domain of a session's options must live as long as the session, which nobody tells us the end of: one for the
-// process. The api is set with it, once, as other threads may be using it already.
-Ort::CustomOpDomain& Domain(const OrtApi* api) {
+// process.
+Ort::CustomOpDomain& Domain() {
   static const sparamx::SparseAMXMatMul matmul(sparamx::Element::kFp32), half_matmul(sparamx::Element::kFp16);
   static const sparamx::SparseAMXAttention attention;
-  static Ort::CustomOpDomain* domain = [api] {
-    Ort::InitApi(api);
+  static Ort::CustomOpDomain* domain = [] {
     auto* made = new Ort::CustomOpDomain("com.sparamx");
     made->Add(&matmul);
     made->Add(&half_matmul);
@@ -41,17 +41,29 @@ Ort::CustomOpDomain& Domain(const OrtApi* api) {
   return *domain;
 }
 
+// The api that the headers' classes use. It is written once, as other threads may be using it already, but for a second
+// runtime in the process.
+void SetApi(const OrtApi* api) {
+  static std::mutex mutex;
+  static const OrtApi* set = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (set == api) return;
+  Ort::InitApi(api);
+  set = api;
+}
+
 }  // namespace
 
 SPARAMX_ENTRY OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(sparamx::kApiVersion);
   if (api == nullptr) return TooOld(base);
   try {
+    SetApi(api);
     // A second registration would be refused, by newer runtimes only when the session is made: it is a no-op instead.
     int registered = 0;
     if (OrtStatus* status = api->HasSessionConfigEntry(options, kRegistered, &registered)) return status;
     if (registered != 0) return nullptr;
-    if (OrtStatus* status = api->AddCustomOpDomain(options, Domain(api))) return status;
+    if (OrtStatus* status = api->AddCustomOpDomain(options, Domain())) return status;
     return api->AddSessionConfigEntry(options, kRegistered, "1");
   } catch (const std::exception& e) {
     return api->CreateStatus(ORT_FAIL, e.what());
