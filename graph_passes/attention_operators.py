@@ -292,7 +292,12 @@ def _tokens_of(value: ir.Value) -> ir.Value:
             and _is_constant(node.inputs[-1])
             and _rank(node.inputs[-1]) == 2
         )
-        is_bias = (node.domain, node.op_type) == ("", "Add") and _is_constant(node.inputs[-1])
+        # A constant of more dimensions, such as positions, may have more tokens.
+        is_bias = (
+            (node.domain, node.op_type) == ("", "Add")
+            and _is_constant(node.inputs[-1])
+            and _rank(node.inputs[-1]) in (0, 1)
+        )
         if not (is_split or is_product or is_bias):
             break
         value = node.inputs[0]

@@ -19,8 +19,8 @@ from sparamx_onnx.output import check_place, commit, recover, sync
 class FolderOutput:
     """Writes a folder beside another, with a converted decoder in the place of the original.
 
-    Everything else is copied (links are followed, hidden files and folders are left out), the operator library is put
-    beside it, and ``genai_config.json`` names it.
+    Everything else is copied (links to files are followed; what is hidden, and links to folders, is left out), the
+    operator library is put beside it, and ``genai_config.json`` names it.
     """
 
     def __init__(self, source: Path, target: Path) -> None:

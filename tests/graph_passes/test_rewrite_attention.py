@@ -407,6 +407,8 @@ def test_multi_head_attention_that_stays() -> None:
     [
         ("MatMul", ["query", "w"], True),
         ("MatMul", ["query", "other"], False),
+        ("Add", ["query", "bias"], True),
+        ("Add", ["query", "positions"], False),  # one query and five keys, if the query has one token
         ("Identity", ["query"], False),
         ("Split", ["query"], False),
     ],
@@ -415,7 +417,9 @@ def test_causal_attention_needs_as_many_keys_as_queries(op_type: str, inputs: li
     """Where the shapes do not tell, the keys must be made of what the queries are made of, token by token."""
     proto = multi_head({role: ["b", None, 32] for role in ("query", "key", "value")}, unidirectional=1)
     proto.graph.input[1].CopyFrom(value_info("other", [32, 32]))
-    proto.graph.initializer.append(numpy_helper.from_array(np.eye(32, dtype=np.float32), "w"))
+    constants = {"w": np.eye(32), "bias": np.ones(32), "positions": np.ones((5, 32))}
+    for name, array in constants.items():
+        proto.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
     proto.graph.node.insert(0, helper.make_node(op_type, inputs, ["key"], "made"))
     plan = attention_plan(proto, weights="fp32")
     assert (plan.action is Action.CONVERTED) == is_converted
