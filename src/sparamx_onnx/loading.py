@@ -62,6 +62,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     path = model_file(Path(path))
     proto = _parse(path)
     _check_names(path, proto)
+    _check_types(path, proto)
     folders = {_real(path.parent), _real(path).parent}
     sizes: dict[Path, int] = {}
     for tensor in tensors_of(proto):
@@ -114,6 +115,26 @@ def _check_names(path: Path, proto: onnx.ModelProto) -> None:
     for name in _names_of(proto):
         if isinstance(name, bytes):
             raise SparamxError(f"{path}: damaged: a name in it, {name!r}, is no text in UTF-8")
+
+
+def _check_types(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuses what onnx_ir cannot represent: maps, as of labels to probabilities, and opaque types."""
+    graph = proto.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        kind = _innermost_kind(value.type)
+        if kind in ("map", "opaque"):
+            raise SparamxError(
+                f"{path}: '{value.name}' is of {kind} type, which is not supported; export the model without it"
+                " (skl2onnx: zipmap=False)"
+            )
+
+
+def _innermost_kind(type_proto: onnx.TypeProto) -> str:
+    """What a type is, or what the elements of a sequence or an optional value are."""
+    kind = (type_proto.WhichOneof("value") or "").removesuffix("_type")
+    if kind in ("sequence", "optional"):
+        return _innermost_kind(getattr(type_proto, f"{kind}_type").elem_type)
+    return kind
 
 
 def _names_of(proto: onnx.ModelProto) -> Iterator[str | bytes]:

@@ -180,6 +180,16 @@ def _set(path: Path, key: str, value: str) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def test_maps_are_named(dense: Path) -> None:
+    """As the classifiers of skl2onnx return them: a sequence of maps from label to probability."""
+    model = onnx.load(dense)
+    number = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, number))
+    model.graph.output.append(helper.make_value_info("probabilities", maps))
+    onnx.save(model, dense)
+    _refused(dense, str(dense), "'probabilities' is of map type", "zipmap=False")
+
+
 def test_missing_external_data_is_named(split: Path) -> None:
     (split.parent / "m.bin").unlink()
     _refused(split, str(split.parent / "m.bin"), "is missing")
