@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import Enum, auto
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx_ir as ir
 
@@ -20,7 +21,7 @@ from sparamx_onnx.graph_passes.pack_cache import PackCachePass
 from sparamx_onnx.graph_passes.plan import Action, Plan
 from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruning
 from sparamx_onnx.graph_passes.rewrite_attention import RewriteAttentionPass
-from sparamx_onnx.graph_passes.rewrite_matmul import RewriteMatMulPass
+from sparamx_onnx.graph_passes.rewrite_matmul import Chosen, RewriteMatMulPass
 from sparamx_onnx.graph_passes.taken_branches import with_taken_branches
 from sparamx_onnx.ops import library
 from sparamx_onnx.ops.errors import SparamxError
@@ -32,7 +33,10 @@ OPTIONS_KEY: Final = "sparamx.options"
 """Key of the model's metadata under which the options of the conversion stand, as JSON."""
 
 KEPT_KEY: Final = "kept"
-"""Key of the options there, if quantized weights have kept their codes: the types of these."""
+"""Key of the options there, if quantized weights have kept their codes or were packed before: the types of these."""
+
+_OPTIONS_OF_WEIGHTS: Final = ("method", "sparsity", "pattern", "allocation", "calibrated", "weights", "group_size",
+                              "scale_type")  # fmt: skip
 
 _OUT_OF_REACH: Final = (
     "It is in the body of a Loop or Scan, or in a branch that is not taken in all calibration runs, where calibration "
@@ -84,11 +88,29 @@ def run(
     plan.nodes = [one.plan for one in found if one.plan.action is not Action.LEFT_ALONE or one.node.graph is not None]
     if plan.changes:
         model.metadata_props[VERSION_KEY] = library.version()
-        kept = {chosen.options.weight_type.value for chosen in chosen if chosen.codes is not None}
-        if kept:
-            plan.options[KEPT_KEY] = sorted(kept)
+        _record_types(model, plan, chosen)
         model.metadata_props[OPTIONS_KEY] = json.dumps(plan.options, sort_keys=True)
     return plan
+
+
+def _record_types(model: ir.Model, plan: Plan, chosen: Sequence[Chosen]) -> None:
+    """Notes what the options do not say of the packed weights, some of which an earlier conversion may have packed."""
+    kept = {one.options.weight_type.value for one in chosen if one.codes is not None}
+    kept |= {node.weight_type for node in plan.already_converted if node.weight_type is not None}
+    if kept:
+        plan.options[KEPT_KEY] = sorted(kept)
+    if not chosen:  # attention alone is new: how weights were packed and pruned is what it was
+        earlier = recorded_options(model)
+        plan.options.update({name: earlier[name] for name in _OPTIONS_OF_WEIGHTS if name in earlier})
+
+
+def recorded_options(model: ir.Model) -> dict[str, Any]:
+    """The options of the last conversion as they stand in a model's metadata; empty where there are none."""
+    try:
+        options = json.loads(model.metadata_props.get(OPTIONS_KEY, "{}"))
+    except ValueError:
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def pack_caches(model: ir.Model, plan: Plan, options: ConvertOptions) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -86,8 +85,4 @@ def conversion_record(model: ir.Model) -> dict[str, Any]:
     version = model.metadata_props.get(pipeline.VERSION_KEY)
     if version is None:
         return {}
-    try:
-        options = json.loads(model.metadata_props.get(pipeline.OPTIONS_KEY, "{}"))
-    except ValueError:
-        options = {}
-    return {"version": version, **(options if isinstance(options, dict) else {})}
+    return {"version": version, **pipeline.recorded_options(model)}

@@ -127,6 +127,20 @@ def test_converted_and_original_give_the_same(paths: dict[str, Path]) -> None:
         assert same(fast.append(part), dense.append(part))
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp32"])
+def test_attention_that_is_converted_later_leaves_the_weights_record(
+    paths: dict[str, Path], tmp_path: Path, weights: str
+) -> None:
+    """By which verify judges: what the second conversion says of weights, of which it packs none, does not count."""
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    sparamx_onnx.convert(paths["dense"], first, weights=weights, method="magnitude", sparsity=0.1)
+    sparamx_onnx.convert(first, second, attention="fast", weights="int8")
+    before, after = (sparamx_onnx.verify(paths["dense"], path) for path in (first, second))
+    assert after.tolerance == before.tolerance == {"int4": 0.6, "fp32": 1e-4}[weights]
+    assert after.pruned == "magnitude"
+    assert sparamx_onnx.inspect(second).record["attention"] == "fast"
+
+
 def test_rows_of_different_length_do_not_see_each_other(decoder: DecoderSession) -> None:
     text = tokens(3, 30)
     prompts = [text[row, :count].tolist() for row, count in enumerate((4, 20, 1))]
