@@ -63,6 +63,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     proto = _parse(path)
     _check_names(path, proto)
     _check_types(path, proto)
+    _check_sparse(path, proto)
     folders = {_real(path.parent), _real(path).parent}
     sizes: dict[Path, int] = {}
     for tensor in tensors_of(proto):
@@ -126,6 +127,17 @@ def _check_types(path: Path, proto: onnx.ModelProto) -> None:
             raise SparamxError(
                 f"{path}: '{value.name}' is of {kind} type, which is not supported; export the model without it"
                 " (skl2onnx: zipmap=False)"
+            )
+
+
+def _check_sparse(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuses sparse defaults of inputs, which onnx_ir drops; those of other values are missed where they are read."""
+    inputs = {value.name for value in proto.graph.input}
+    for sparse in proto.graph.sparse_initializer:
+        if sparse.values.name in inputs:
+            raise SparamxError(
+                f"{path}: the default of the input '{sparse.values.name}' is a sparse initializer, which is not"
+                " supported"
             )
 
 

@@ -180,6 +180,17 @@ def _set(path: Path, key: str, value: str) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def test_an_input_with_a_sparse_default(dense: Path) -> None:
+    model = onnx.load(dense)
+    default = model.graph.sparse_initializer.add()
+    default.values.CopyFrom(helper.make_tensor("x", TensorProto.FLOAT, [1], [1.0]))
+    default.indices.CopyFrom(helper.make_tensor("places", TensorProto.INT64, [1], [0]))
+    default.dims.extend([2, 64])
+    model.graph.input[0].name = "x"
+    onnx.save(model, dense)
+    _refused(dense, str(dense), "the default of the input 'x' is a sparse initializer")
+
+
 def test_maps_are_named(dense: Path) -> None:
     """As the classifiers of skl2onnx return them: a sequence of maps from label to probability."""
     model = onnx.load(dense)
