@@ -41,15 +41,23 @@ Ort::CustomOpDomain& Domain() {
   return *domain;
 }
 
-// The api that the headers' classes use. It is written once, as other threads may be using it already, but for a second
-// runtime in the process.
-void SetApi(const OrtApi* api) {
+// The headers' classes have one runtime in a process: of another version, it would be given objects that are not its
+// own. It is written once, as other threads may be using it already, but for a second copy of the same version.
+OrtStatus* SetRuntime(const OrtApiBase* base, const OrtApi* api) {
   static std::mutex mutex;
   static const OrtApi* set = nullptr;
+  static std::string version;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (set == api) return;
+  if (set == api) return nullptr;
+  if (set != nullptr && version != base->GetVersionString()) {
+    const std::string message =
+        "sparamx-onnx serves ONNX Runtime " + version + " in this process, and cannot serve another version beside it";
+    return api->CreateStatus(ORT_FAIL, message.c_str());
+  }
+  version = base->GetVersionString();
   Ort::InitApi(api);
   set = api;
+  return nullptr;
 }
 
 }  // namespace
@@ -58,7 +66,7 @@ SPARAMX_ENTRY OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Ort
   const OrtApi* api = base->GetApi(sparamx::kApiVersion);
   if (api == nullptr) return TooOld(base);
   try {
-    SetApi(api);
+    if (OrtStatus* status = SetRuntime(base, api)) return status;
     // A second registration would be refused, by newer runtimes only when the session is made: it is a no-op instead.
     int registered = 0;
     if (OrtStatus* status = api->HasSessionConfigEntry(options, kRegistered, &registered)) return status;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import shutil
 from pathlib import Path
@@ -96,6 +97,39 @@ def test_registration_does_not_keep_options_alive() -> None:
     assert len(library._registered) == before + 1
     del options
     assert len(library._registered) == before
+
+
+_GetApi = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+_GetVersion = ctypes.CFUNCTYPE(ctypes.c_void_p)
+
+
+class _Runtime(ctypes.Structure):
+    """OrtApiBase, what a runtime hands to a library of operators."""
+
+    _fields_ = (("get_api", _GetApi), ("get_version", _GetVersion))
+
+
+def test_a_second_runtime_in_the_process() -> None:
+    """Python's module and the library beside it are two runtimes of one version; of another one, objects differ."""
+    options = onnxruntime.SessionOptions()  # they keep the library in the process
+    library.register(options)
+    path = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+    get_base = ctypes.CDLL(str(path)).OrtGetApiBase
+    get_base.restype = ctypes.POINTER(_Runtime)
+    real = get_base().contents
+    register = ctypes.CDLL(library.get_library_path()).RegisterCustomOps
+    register.argtypes, register.restype = [ctypes.c_void_p, ctypes.POINTER(_Runtime)], ctypes.c_void_p
+    version = ctypes.create_string_buffer(b"1.21.99")
+    other = _Runtime(real.get_api, _GetVersion(lambda: ctypes.addressof(version)))
+    # A status is of the runtime's, whose third function gives its text.
+    status = register(None, ctypes.byref(other))
+    assert status is not None
+    functions = ctypes.cast(real.get_api(21), ctypes.POINTER(ctypes.c_void_p))
+    message = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(functions[2])(status)
+    assert message.decode() == (
+        f"sparamx-onnx serves ONNX Runtime {onnxruntime.__version__} in this process, "
+        "and cannot serve another version beside it"
+    )
 
 
 def test_cpu_info_names_every_level() -> None:
