@@ -47,6 +47,15 @@ _STANDARD_KNOWN = frozenset(
     }
 )
 
+# Operators, of ONNX and of onnxruntime, whose first output has the type of the first input; and of the second.
+_OF_TWO_OF_A_TYPE = frozenset({"Add", "Div", "FusedMatMul", "Gemm", "LayerNormalization", "MatMul", "Mul", "Sub"})
+_OF_ONE_TYPE = _OF_TWO_OF_A_TYPE | {
+    *("BiasGelu", "Concat", "Expand", "FastGelu", "Flatten", "Gather", "Gelu", "Identity", "Relu", "Reshape"),
+    *("RMSNormalization", "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipLayerNormalization"),
+    *("SkipSimplifiedLayerNormalization", "Slice", "Softmax", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
+_LONGEST_WAY_TO_TYPE = 16
+
 _MOST_OUTPUTS = 3
 _HEADS_AXIS = 1  # of RANK_BY_HEAD dimensions
 _RANK_SIDE_BY_SIDE = 5
@@ -128,6 +137,9 @@ def _common_refusal(node: ir.Node) -> Refusal | None:
         return Refusal(AttentionReason.UNSUPPORTED_OUTPUT, f"It is {node.outputs[_MOST_OUTPUTS].name}.")
     if len(named) > 1 and named[1] != (len(named) > _MOST_OUTPUTS - 1 and named[2]):
         return Refusal(AttentionReason.UNSUPPORTED_OUTPUT, "It has one of present_key and present_value only.")
+    for output in node.outputs:
+        if output.name and output.dtype not in (None, ir.DataType.UNDEFINED, ir.DataType.FLOAT):
+            return Refusal(AttentionReason.UNSUPPORTED_DTYPE, f"{output.name} is {output.dtype.name}.")
     return None
 
 
@@ -142,11 +154,30 @@ def _inputs_by_role(node: ir.Node, roles: Sequence[str | None]) -> dict[str, ir.
 def _wrong_type(inputs: Mapping[str, ir.Value]) -> Refusal | None:
     """Types that are not known are taken for float32, as with linear layers: ONNX Runtime will say if they are not."""
     for role in ("query", "key", "value", "past_key", "past_value", "attention_bias", "cos_cache", "head_sink", "bias"):
-        dtype = inputs[role].dtype if role in inputs else None
+        dtype = _type_of(inputs[role]) if role in inputs else None
         if dtype is ir.DataType.BOOL and role == "attention_bias":
             continue
         if dtype not in (None, ir.DataType.FLOAT):
             return Refusal(AttentionReason.UNSUPPORTED_DTYPE, f"{role} is {dtype.name}.")
+    return None
+
+
+def _type_of(value: ir.Value) -> ir.DataType | None:
+    """The type of a value, by what it is made of where the model does not record it; None where that does not tell."""
+    for _ in range(_LONGEST_WAY_TO_TYPE):
+        node = value.producer()
+        if value.dtype not in (None, ir.DataType.UNDEFINED) or node is None or not node.inputs:
+            return value.dtype
+        if (node.domain, node.op_type) == ("", "Cast"):
+            to = int_attribute(node, "to", ir.DataType.UNDEFINED)
+            return ir.DataType(to) if to in ir.DataType.__members__.values() else None
+        if node.op_type not in _OF_ONE_TYPE:
+            return None
+        first = node.inputs[0]
+        weight = node.inputs[1] if len(node.inputs) > 1 and node.op_type in _OF_TWO_OF_A_TYPE else None
+        if first is None:
+            return None
+        value = first if weight is None or weight.dtype is None else weight
     return None
 
 

@@ -302,6 +302,27 @@ def test_causal_multi_head_attention(workbench) -> None:
     assert converted.error(feeds) < 1e-4
 
 
+@pytest.mark.parametrize("spelling", ["norm", "product", "cast", "result"])
+def test_types_that_the_model_does_not_record(spelling: str) -> None:
+    """What the query is made of tells them, or the result: ONNX Runtime refuses the operator of float16 numbers."""
+    half = TensorProto.FLOAT16
+    made = {
+        "norm": [helper.make_node("LayerNormalization", ["x", "ones"], ["n"]), helper.make_node("Relu", ["n"], ["q"])],
+        "product": [helper.make_node("Abs", ["x"], ["n"]), helper.make_node("MatMul", ["n", "eye"], ["q"])],
+        "cast": [helper.make_node("Cast", ["x"], ["q"], to=half)],
+        "result": [helper.make_node("Abs", ["x"], ["q"])],
+    }[spelling]
+    attention = helper.make_node("MultiHeadAttention", ["q"] * 3, ["a"], "a", domain="com.microsoft", num_heads=2)
+    nodes = [*made, attention, helper.make_node("Identity", ["a"], ["y"])]
+    constants = {"ones": np.ones(32, np.float16), "eye": np.eye(32, dtype=np.float16)}
+    x, y = (value_info(name, ["b", "t", 32], half) for name in "xy")
+    proto = model_of(nodes, [x], [y], constants)
+    if spelling == "result":
+        proto.graph.value_info.append(value_info("a", ["b", "t", 32], half))
+    plan = attention_plan(proto)
+    assert (plan.reason.value, " is FLOAT16." in plan.text) == ("unsupported_dtype", True)
+
+
 BIAS = np.random.default_rng(9).standard_normal(32 + 32 + 48).astype(np.float32)
 
 
