@@ -7,10 +7,25 @@
 
 namespace sparamx {
 
+namespace {
+
+// Whether an attribute is there, by what reading it gave. One of another type must not pass for none; only the text
+// tells the two apart.
+bool IsThere(const Ort::ConstKernelInfo& info, const char* name, OrtStatus* read) {
+  const Ort::Status status(read);
+  if (status.IsOK()) return true;
+  if (status.GetErrorMessage().find("type don't match") == std::string::npos) return false;
+  throw Ort::Exception(
+      "node '" + info.GetNodeName() + "': its attribute " + name + " is not of the type that it must be",
+      ORT_INVALID_ARGUMENT);
+}
+
+}  // namespace
+
 // ONNX Runtime 1.21 and 1.22 count the terminator as part of a string.
 std::string StringAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* absent) {
   size_t size = 0;
-  Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &size));
+  IsThere(info, name, Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &size));
   if (size == 0) return absent;
   std::string value(size, '\0');
   Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info, name, value.data(), &size));
@@ -19,20 +34,19 @@ std::string StringAttribute(const Ort::ConstKernelInfo& info, const char* name, 
 
 int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name) {
   int64_t value = 0;
-  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value));
+  if (!IsThere(info, name, Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value)))
+    throw Ort::Exception("node '" + info.GetNodeName() + "': it lacks the attribute " + name, ORT_INVALID_ARGUMENT);
   return value;
 }
 
 int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t absent) {
   int64_t value = 0;
-  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value));
-  return status.IsOK() ? value : absent;
+  return IsThere(info, name, Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value)) ? value : absent;
 }
 
 float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float absent) {
   float value = 0;
-  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_float(info, name, &value));
-  return status.IsOK() ? value : absent;
+  return IsThere(info, name, Ort::GetApi().KernelInfoGetAttribute_float(info, name, &value)) ? value : absent;
 }
 
 namespace {
@@ -41,7 +55,7 @@ namespace {
 template <typename Read>
 std::vector<int64_t> Integers(const Read& read) {
   size_t count = 0;
-  Ort::Status status(read(nullptr, &count));
+  const Ort::Status status(read(nullptr, &count));
   std::vector<int64_t> values(count);
   if (count != 0) Ort::ThrowOnError(read(values.data(), &count));
   return values;

@@ -177,6 +177,20 @@ def test_outputs_that_do_not_fit(weight, outputs: list[str], attributes: dict, c
         _session(blob, 64, 48, outputs=outputs, **attributes)
 
 
+@pytest.mark.parametrize(
+    ("attributes", "complaint"),
+    [
+        ({"epilogue": ["relu"]}, "epilogue"),
+        ({"epilogue": 1}, "epilogue"),
+        ({"activations": 8}, "activations"),
+    ],
+)
+def test_attributes_of_another_type_are_refused(weight, attributes: dict, complaint: str) -> None:
+    w = weight(np.random.default_rng(0), 32, 16, 0.5, holes=False)
+    with pytest.raises(Exception, match=f"node '': its attribute {complaint} is not of the type that it must be"):
+        _session(packing.pack(w, PackOptions()), 32, 16, **attributes)
+
+
 def test_lengths_without_a_name_stay_unknown(weight) -> None:
     """A length of -1 would be taken for the -1 of the Reshape, which may stand there only once."""
     w = weight(np.random.default_rng(3), 64, 48, 0.5, holes=False)
