@@ -112,7 +112,7 @@ def share(packed: Path) -> list[dict[str, int]]:
     """Memory of two processes that have run the same model, measured while both are alive."""
     job = {"engine": "sparamx", "model": str(packed), "threads": 1, "seed": 0, "stream": None}
     with rotation.Worker(job) as one, rotation.Worker(job) as other:
-        for worker in (one, other):
+        for worker in (one, other, one, other):  # the second time, as a system may take pages that rest for a while
             worker.ask({"run": 1, "m": 1})
         found = []
         for worker in (one, other):
