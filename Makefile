@@ -124,8 +124,14 @@ test-python: $(VENV)/.installed $(OLDEST)/.installed
 # onnx and onnxruntime do not have in this form (the cases of ONNX's own node tests, the quantizer to 4 bits), and damaged
 # models, of which that onnxruntime dies by itself. The long matrices are run with the newest versions only.
 NOT_THERE := graph_passes/test_attention_node_tests graph_passes/test_node_tests graph_passes/test_quantized cli/test_mutations
+# Single tests for the same reason: weights of float8 and int4 made by onnx, and newer inputs of GroupQueryAttention.
+NOT_THERE_EITHER := test_fold_constants.py::test_external_tensors_of_half_bytes \
+                    test_linear_layers.py::test_what_becomes_of_odd_products \
+                    test_rewrite_attention.py::test_a_converted_decoder_goes_on_like_the_original \
+                    test_rewrite_attention.py::test_a_shared_buffer_stays_one
 test-oldest: $(OLDEST)/.installed
 	SPARAMX_TEST_FULL= $(OLDEST)/bin/python -m pytest $(NOT_THERE:%=--ignore=tests/%.py) \
+	  $(NOT_THERE_EITHER:%=--deselect=tests/graph_passes/%) \
 	  tests/cli tests/graph_passes tests/ops tests/packaging/test_versions.py tests/session
 
 # --- C++ ------------------------------------------------------------------------------------------------------------------
