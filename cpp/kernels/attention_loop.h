@@ -167,8 +167,8 @@ void DotKeys(const AttentionJob& job, Ahead<Isa>* ahead) {
   for (; t < job.keys; ++t) DotRows<Isa, true>(job, job.q, job.rows, t, job.scores, nullptr);
 }
 
-// scores = exp(scores - largest so far); the factor for what was summed before. Whole: there are kKeyBlock keys; then the
-// scores stay in registers.
+// scores = exp(scores - largest so far); the factor for what was summed before. Whole: there are kKeyBlock keys; then
+// the scores stay in registers.
 template <class Isa, bool Whole>
 SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* ahead) {
   constexpr size_t kMost = kKeyBlock / kVecFloats;
