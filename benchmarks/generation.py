@@ -9,7 +9,8 @@ The models are made once, in --folder (about 17 GB; ONNX Runtime's 4-bit quantiz
 - nbits: ONNX Runtime's 4-bit form of it, MatMulNBits for every linear layer, groups of 32, accuracy level 4;
 - bf16, int8, int4: what `sparamx-onnx convert --attention fast` makes of it;
 - int4-g64: int4 with `--group-size 64`: a quarter of a bit of scale a weight, not half a bit;
-- int4-packed: int4 with `--attention packed`.
+- int4-packed: int4 with `--attention packed`;
+- int4-huge: int4 in a process with SPARAMX_HUGE_PAGES=1, whose weights are its own, as llama.cpp's are.
 
 Pairs of them are timed in turn, by `sparamx_onnx.bench_generation`, and several processes run one packed model at once.
 Before a decode step the cache is filled with noise instead of being read from a prompt; the step reads the same bytes.
@@ -43,7 +44,7 @@ from sparamx_onnx.models.llama import LlamaShape
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
 DENSE, DYNAMIC, NBITS, LLAMA_CPP = "dense", "dynamic", "nbits", "llama.cpp"
-GROUPS_OF_64, PACKED_CACHE = "-g64", "-packed"
+GROUPS_OF_64, PACKED_CACHE, HUGE_PAGES = "-g64", "-packed", "-huge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Pair:
     """One of our models, and what it is compared with.
 
     Attributes:
-        ours: Type of the weights; ``-g64`` if 64 of them have a scale, ``-packed`` if the cache is packed, too.
-        theirs: The other model.
+        ours: Type of the weights; ``-g64`` if 64 of them have a scale, ``-packed`` if the cache is packed, too, and
+            ``-huge`` if they are copied into huge pages.
+        theirs: The other model, which may be one of ours.
         decode: How many times as fast decode steps should be at least; 0 if no target is set.
         prefill: The same for reading prompts; None: not timed.
         long: Steps after --long tokens instead of --context.
@@ -77,6 +79,8 @@ PAIRS = (
     Pair("int4" + PACKED_CACHE, NBITS, decode=3.0, long=True),
     Pair("int4", LLAMA_CPP, decode=1.5, prefill=1.3),
     Pair("int4" + GROUPS_OF_64, LLAMA_CPP, decode=1.5, prefill=1.3),
+    Pair("int4" + HUGE_PAGES, LLAMA_CPP, decode=1.5, prefill=1.3),
+    Pair("int4" + HUGE_PAGES, "int4", decode=0),
 )
 # What a process may take beyond the file of its packed model.
 MOST_BEYOND_FILE = 300e6
@@ -120,7 +124,7 @@ def parse() -> argparse.Namespace:
 
 def model(name: str, arguments: argparse.Namespace) -> Path:
     """The file of one model, made if it is not there."""
-    file: Path = arguments.folder / name / genai_llama.MODEL_NAME
+    file: Path = arguments.folder / name.removesuffix(HUGE_PAGES) / genai_llama.MODEL_NAME
     if file.exists():
         return file
     print(f"making {file}", flush=True)
@@ -188,8 +192,8 @@ def file_bytes(file: Path) -> int:
 
 def compare(pair: Pair, tokens: dict[str, int], arguments: argparse.Namespace) -> dict[str, Cell]:
     """What is to be measured of a pair, with so many tokens each."""
-    if pair.theirs == LLAMA_CPP:
-        return compare_with_peer(pair, tokens, arguments)
+    if pair.theirs == LLAMA_CPP or pair.ours.endswith(HUGE_PAGES):
+        return compare_engines(pair, tokens, arguments)
     result = sparamx_onnx.bench_generation(
         model(pair.ours, arguments),
         model(pair.theirs, arguments),
@@ -218,16 +222,21 @@ def compare(pair: Pair, tokens: dict[str, int], arguments: argparse.Namespace) -
     }
 
 
-def compare_with_peer(pair: Pair, tokens: dict[str, int], arguments: argparse.Namespace) -> dict[str, Cell]:
-    """Ours against llama.cpp: the same turns, in processes of the benchmark's own."""
-    job = {"threads": arguments.threads, "capacity": max(tokens.values()) + 2 * STEPS}
-    packed = job | {"engine": "sparamx", "model": str(model(pair.ours, arguments))}
-    peer = job | {"engine": LLAMA_CPP, "model": str(arguments.gguf)}
+def engine(name: str, capacity: int, arguments: argparse.Namespace) -> rotation.Worker:
+    """A process of the benchmark's own with one of our models, or with llama.cpp."""
+    job = {"threads": arguments.threads, "capacity": capacity, "huge_pages": name.endswith(HUGE_PAGES)}
+    if name == LLAMA_CPP:
+        job |= {"engine": LLAMA_CPP, "model": str(arguments.gguf)}
+        return rotation.Worker(job, arguments.peer_python, script="generation_engine.py")
+    job |= {"engine": "sparamx", "model": str(model(name, arguments))}
+    return rotation.Worker(job, script="generation_engine.py")
+
+
+def compare_engines(pair: Pair, tokens: dict[str, int], arguments: argparse.Namespace) -> dict[str, Cell]:
+    """What `sparamx_onnx.bench_generation` cannot compare: the same turns with llama.cpp, or in huge pages."""
+    capacity = max(tokens.values()) + 2 * STEPS
     found = {}
-    with (
-        rotation.Worker(packed, script="generation_engine.py") as one,
-        rotation.Worker(peer, arguments.peer_python, script="generation_engine.py") as other,
-    ):
+    with engine(pair.ours, capacity, arguments) as one, engine(pair.theirs, capacity, arguments) as other:
         for what, count in tokens.items():
             request = {"prompt": count} if what == "prompt" else {"context": count, "runs": STEPS}
             turns: list[list[list[float]]] = [[], []]
@@ -315,7 +324,8 @@ def main() -> None:
             done.add(cell)
             report_speed(cell, pair.target(what))
         done.save()
-    for name in dict.fromkeys(pair.ours for pair in pairs) if arguments.processes else ():
+    shared = dict.fromkeys(pair.ours for pair in pairs if not pair.ours.endswith(HUGE_PAGES))
+    for name in shared if arguments.processes else ():
         cell = common | {"ours": name, "theirs": None, "what": "processes", "tokens": arguments.processes}
         if not done.has(cell):
             cell |= share(name, arguments)

@@ -2,7 +2,7 @@
 
 The parent (see rotation.py), whose process id is the only argument, sends one JSON object per line and gets one back:
 
-- first the job: {"engine": "sparamx" or "llama.cpp", "model", "threads", "capacity"};
+- first the job: {"engine": "sparamx" or "llama.cpp", "model", "threads", "capacity", "huge_pages": of sparamx};
 - {"prompt": P}: [seconds] from a prompt of P tokens to the choice of the next one;
 - {"context": C, "runs": R}: seconds of R steps after C tokens; one more before them is not counted.
 
@@ -12,6 +12,7 @@ This file imports nothing of sparamx_onnx where llama.cpp runs, whose Python nee
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -41,6 +42,7 @@ class Sparamx:
     def __init__(self, job: dict[str, Any]) -> None:
         import sparamx_onnx
 
+        os.environ["SPARAMX_HUGE_PAGES"] = str(int(job["huge_pages"]))
         self._session = sparamx_onnx.DecoderSession(job["model"], capacity=job["capacity"], threads=job["threads"])
 
     def read(self, tokens: list[int]) -> None:

@@ -16,6 +16,7 @@ DECODER_NAMES = {
     "int8": "int8",
     "int4": "int4",
     "int4" + generation.GROUPS_OF_64: "int4, groups of 64",
+    "int4" + generation.HUGE_PAGES: "int4 in huge pages",
     "int4" + generation.PACKED_CACHE: "int4, packed caches",
 }
 

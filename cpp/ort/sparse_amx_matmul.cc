@@ -36,7 +36,7 @@ SparseAMXMatMulKernel::SparseAMXMatMulKernel(const OrtApi& api, const OrtKernelI
   constant_bias_ = bias.data == nullptr ? nullptr : Bias(bias);
   const Tensor weights = constant(SparseAMXMatMul::kW);
   constant_weights_ = weights.data != nullptr;
-  if (constant_weights_) Load(weights, &matmul_);
+  if (constant_weights_) Load(Copied(weights), &matmul_);
 }
 
 void SparseAMXMatMulKernel::ReadAttributes(const Ort::ConstKernelInfo& info) {
@@ -66,6 +66,16 @@ void SparseAMXMatMulKernel::ReadAttributes(const Ort::ConstKernelInfo& info) {
     options_.activations = static_cast<Activations>(index);
   else if (!options_.default_activations)
     Fail(Status::Invalid("unknown activations '" + activations + "'"));
+}
+
+// The weights in huge pages, where that is wanted and can be had.
+Tensor SparseAMXMatMulKernel::Copied(const Tensor& weights) {
+  bool wanted = false;
+  const Status status = HugePages::Wanted(&wanted);
+  if (!status.ok()) Fail(status);
+  Tensor result = weights;
+  if (wanted && copy_.Copy(weights.data, weights.elements)) result.data = copy_.data();
+  return result;
 }
 
 void SparseAMXMatMulKernel::Load(const Tensor& weights, MatMul* matmul) const {

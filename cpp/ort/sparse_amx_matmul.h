@@ -7,6 +7,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include "ort/host.h"
+#include "runtime/huge_pages.h"
 #include "runtime/matmul.h"
 
 namespace sparamx {
@@ -21,6 +22,7 @@ class SparseAMXMatMulKernel {
  private:
   void ReadAttributes(const Ort::ConstKernelInfo& info);
   void Load(const Tensor& weights, MatMul* matmul) const;
+  Tensor Copied(const Tensor& weights);
   const void* Bias(const Tensor& bias) const;
   void Compute(OrtKernelContext* context) const;
   void Multiply(OrtKernelContext* context, const MatMul& matmul, const void* bias) const;
@@ -32,7 +34,8 @@ class SparseAMXMatMulKernel {
   MatMul::Options options_;
   size_t outputs_;
   bool has_bias_;
-  MatMul matmul_;  // of constant weights
+  HugePages copy_;  // of constant weights, where it is wanted
+  MatMul matmul_;   // of constant weights
   bool constant_weights_;
   const void* constant_bias_;  // null where there is none, or where it can change
   Ort::MemoryInfo cpu_memory_;

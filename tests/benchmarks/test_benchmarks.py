@@ -223,13 +223,14 @@ def test_quality_orders_the_methods(tmp_path: Path) -> None:
 def test_generation_compares_decoders_and_counts_shared_memory(tmp_path: Path) -> None:
     options = ["--hidden=128", "--layers=2", "--heads=4", "--kv-heads=2", "--intermediate=96", "--vocab=320"]
     options += ["--positions=1024", "--context=24", "--long=200", "--prompt=16", "--rounds=2", "--processes=2"]
-    options += ["--folder", str(tmp_path / "models"), "--models", "int8", "int4-packed"]
+    options += ["--folder", str(tmp_path / "models"), "--models", "int8", "int4-packed", "int4-huge"]
     document, printed = run("generation.py", tmp_path, *options)
     cells = {(cell["ours"], cell["theirs"], cell["what"], cell["tokens"]) for cell in document["cells"]}
     pairs = (("int8", "dense"), ("int8", "dynamic"))
     assert cells == {
         *((*pair, *measured) for pair in pairs for measured in (("context", 24), ("prompt", 16))),
         ("int4-packed", "nbits", "context", 200),
+        ("int4-huge", "int4", "context", 24),
         *((ours, None, "processes", 2) for ours in ("int8", "int4-packed")),
     }
     for cell in document["cells"]:
