@@ -29,12 +29,12 @@ HugePages::~HugePages() {
 bool HugePages::Copy(const void* bytes, size_t count) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   if (count < kHugePage || count > SIZE_MAX - 2 * kHugePage) return false;
-  const size_t needed = (count + page - 1) / page * page, reserved = needed + kHugePage;
+  const size_t needed = RoundUp(count, page), reserved = needed + kHugePage;
   void* const base = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) return false;
   // Huge pages begin at multiples of their size: what lies before the first one and behind the copy goes back.
   auto* const first = static_cast<uint8_t*>(base);
-  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(base) % kHugePage) % kHugePage;
+  const size_t before = RoundUp(reinterpret_cast<uintptr_t>(base), kHugePage) - reinterpret_cast<uintptr_t>(base);
   if (before != 0) munmap(first, before);
   if (before + needed != reserved) munmap(first + before + needed, reserved - before - needed);
   data_ = first + before;
