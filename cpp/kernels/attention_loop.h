@@ -167,14 +167,12 @@ void DotKeys(const AttentionJob& job, Ahead<Isa>* ahead) {
   for (; t < job.keys; ++t) DotRows<Isa, true>(job, job.q, job.rows, t, job.scores, nullptr);
 }
 
-// scores = exp(scores - largest so far); the factor for what was summed before. Whole: there are kKeyBlock keys; then
-// the scores stay in registers.
-template <class Isa, bool Whole>
+// scores = exp(scores - largest so far); the factor for what was summed before.
+template <class Isa>
 SPARAMX_INLINE float SoftmaxRow(const AttentionJob& job, size_t r, Ahead<Isa>* ahead) {
-  constexpr size_t kMost = kKeyBlock / kVecFloats;
   float* row = job.scores + r * kKeyBlock;
-  const size_t vectors = Whole ? kMost : (job.keys + kVecFloats - 1) / kVecFloats;
-  Lanes x[kMost];
+  const size_t vectors = (job.keys + kVecFloats - 1) / kVecFloats;
+  Lanes x[kKeyBlock / kVecFloats];
   __builtin_memcpy(x, row, vectors * sizeof(Lanes));
   FinishScores(job, r, x, vectors);
   Lanes top = x[0];
@@ -236,11 +234,7 @@ void Attend(const AttentionJob& job) {
     Strips<Isa>(job.q, job.q_stride, job.rows, job.key_size, job.turned, kKeyBlock, job.scores, kKeyBlock, nullptr,
                 scored, nullptr);
   }
-  if (job.keys == kKeyBlock) {
-    for (size_t r = 0; r < job.rows; ++r) factors[r] = SoftmaxRow<Isa, true>(job, r, ahead);
-  } else {
-    for (size_t r = 0; r < job.rows; ++r) factors[r] = SoftmaxRow<Isa, false>(job, r, ahead);
-  }
+  for (size_t r = 0; r < job.rows; ++r) factors[r] = SoftmaxRow(job, r, ahead);
   if (MayHide(job, job.first_key, job.first_key + job.keys) &&
       !AreFinite(job.v, job.v_stride, job.keys, job.value_size))
     return AddSeen(job, factors);
