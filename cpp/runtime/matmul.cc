@@ -18,7 +18,7 @@ constexpr uint64_t kSpareItemBytes = 256 * 1024;
 // Work items per CPU: threads may be unequal, but every item begins with a cold stream. The host does not say how many
 // threads it has. How strips are shared out does not change a bit of the result, so it may depend on the machine.
 constexpr size_t kItemsPerCpu = 8;
-// With few rows, an item takes at most about so many bytes: 60 us, for which a thread may wait at the end.
+// With few rows, an item takes at most about so many bytes on average, 60 us, the last ones a fraction of it.
 constexpr uint64_t kMostItemBytes = 1024 * 1024;
 // Parts that a product with few strips is cut into along K: fixed, as it changes the order of summation.
 constexpr size_t kKParts = 16;
@@ -42,19 +42,31 @@ size_t UnaliasedStride(size_t bytes) {
   return bytes % 1024 == 0 ? bytes + 64 : bytes;
 }
 
-// The strip at which item `item` of `items` begins, so that items hold about equally many values.
+// The share of all work that lies before an item. A thread of the host takes a run of items, one after the other, then
+// what is left of others' runs: items become smaller along a run, so that little is left to wait for at its end.
+double ShareBefore(size_t item, size_t items) {
+  const size_t runs = CpuCount();
+  if (items % runs != 0) return static_cast<double>(item) / static_cast<double>(items);
+  const size_t length = items / runs;
+  const double left = 1.0 - static_cast<double>(item % length) / static_cast<double>(length);
+  return (static_cast<double>(item / length) + 1.0 - left * left) / static_cast<double>(runs);
+}
+
+// The strip at which item `item` of `items` begins.
 size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
   const size_t groups = CeilDiv(w.strips, kStripStep);
   if (item == 0) return 0;
   if (item >= items) return w.strips;
-  if (w.form == Form::kDense) return std::min(w.strips, groups * item / items * kStripStep);
+  const double share = ShareBefore(item, items);
+  const auto part_of = [&](uint64_t whole) { return static_cast<uint64_t>(static_cast<double>(whole) * share); };
+  if (w.form == Form::kDense) return std::min(w.strips, static_cast<size_t>(part_of(groups)) * kStripStep);
   // Masks are read too, so a strip without values still counts, in units of a value.
   const uint64_t mask_weight = std::max<uint64_t>(1, w.tiles * MaskBytesPerTile(w.type) * 8 / CodeBits(w.type));
   auto before = [&](size_t group) {
     const size_t strip = std::min(w.strips, group * kStripStep);
     return ValuesBefore(w, strip, 0) + strip * mask_weight;
   };
-  const uint64_t target = before(groups) / items * item;
+  const uint64_t target = part_of(before(groups));
   size_t low = 0, high = groups;
   while (low < high) {
     const size_t middle = (low + high) / 2;
@@ -206,6 +218,7 @@ void MatMul::PlanSplit(Plan* p) const {
       std::max(kItemsPerCpu * cpus, static_cast<size_t>(p->rows < kBlockedRows ? bytes / kMostItemBytes : 0));
   const size_t spare = std::min(most, static_cast<size_t>(work / kSpareItemBytes));
   p->strip_items = std::min({worth, pairs, std::max(cpus, spare)});
+  if (p->strip_items > cpus) p->strip_items -= p->strip_items % cpus;
   const size_t parts = std::min(worth, kKParts) / pairs;
   p->k_parts = p->passes == 1 ? std::max<size_t>(1, std::min(weights_.runs, parts)) : 1;
   if (weights_.type == WeightType::kInt8) p->k_parts = std::max(p->k_parts, CeilDiv(weights_.k, kMaxIntegerK));

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,27 @@ class _Cache:
         return math.prod(self.shape(batch, tokens)) * np.dtype(self.dtype).itemsize
 
 
+class _LogitsMemory:
+    """Where steps write their logits, one after the other: binding new memory takes a half percent of a step."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+        self.shape, self._dtype = shape, dtype
+        # Not as an array: it would be the base of all views of it, and `is_free` asks whether the last ones are gone.
+        self._memory = _zeros(math.prod(shape) * np.dtype(dtype).itemsize).data
+        self._last: weakref.ref[npt.NDArray[Any]] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody holds the last array any more, or a view of it."""
+        return self._last is None or self._last() is None
+
+    def array(self) -> npt.NDArray[Any]:
+        """All of it, as it is."""
+        flat = np.frombuffer(self._memory, self._dtype)
+        self._last = weakref.ref(flat)
+        return flat.reshape(self.shape)
+
+
 class DecoderSession:
     """A decoder and its cache: a batch of token rows that grows with every call.
 
@@ -120,7 +142,9 @@ class DecoderSession:
         self.capacity = capacity
         self._binding = self._session.io_binding()
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
+        self._step_logits: _LogitsMemory | None = None  # what the binding has
         self._mask: Tokens = np.zeros((0, 0), np.int64)
+        self._ones: Tokens = np.ones((1, capacity), np.int64)
 
     def _check(self, path: Path) -> None:
         if "input_ids" not in self._inputs or self._logits is None or not self._caches:
@@ -221,7 +245,7 @@ class DecoderSession:
         rows: dict[CacheLayout, npt.NDArray[np.uint8]] = {}
         for cache in self._caches:
             if not self.shares_buffers:
-                self._buffers[cache.past] = _zeros(cache.shape(batch, tokens), cache.dtype)
+                self._buffers[cache.past] = _empty_cache(cache, batch, tokens)
             values = self._buffers[cache.past].numpy()
             if cache.layout is None:
                 values[:, :, :tokens] = np.resize(noise.astype(cache.dtype), values[:, :, :tokens].shape)
@@ -283,7 +307,7 @@ class DecoderSession:
             raise SparamxError(f"{past} tokens and {tokens.shape[1]} more are above the capacity of {self.capacity}")
         feeds = {"input_ids": tokens}
         if real is None and (len(mask) == 1 or mask.all()):  # rows of one length: the way of nearly all steps
-            mask = np.ones((len(mask), total), np.int64)
+            mask = self._ones[:, :total] if len(mask) == 1 else np.ones((len(mask), total), np.int64)
             if "position_ids" in self._fed:
                 feeds["position_ids"] = np.arange(past, total) + np.zeros_like(tokens)
         else:
@@ -318,6 +342,7 @@ class DecoderSession:
         batch, tokens = feeds["input_ids"].shape
         if not self.shares_buffers:
             self._binding.clear_binding_outputs()
+            self._step_logits = None
         logits = self._bind_logits(batch, tokens)
         self._bind_caches(batch)
         with in_one_sentence("ONNX Runtime cannot run this decoder"):
@@ -336,23 +361,39 @@ class DecoderSession:
         if not isinstance(vocab, int):
             self._binding.bind_output("logits")
             return None
-        logits = np.empty((batch, rows if isinstance(rows, int) else tokens, vocab), self._logits_type)
+        shape = batch, rows if isinstance(rows, int) else tokens, vocab
+        bound = self._step_logits
+        if bound is not None and bound.shape == shape and bound.is_free:
+            return bound.array()
+        self._step_logits = _LogitsMemory(shape, self._logits_type) if shape[1] == 1 else None
+        logits = self._step_logits.array() if self._step_logits else np.empty(shape, self._logits_type)
         address = logits.__array_interface__["data"][0]  # a tenth of the time of ctypes.data
-        self._binding.bind_output("logits", "cpu", 0, self._logits_type, logits.shape, address)
+        self._binding.bind_output("logits", "cpu", 0, self._logits_type, shape, address)
         return logits
 
     def _bind_caches(self, batch: int) -> None:
         if not self.shares_buffers:
             for cache in self._caches:
-                past = self._buffers.get(cache.past) or _zeros(cache.shape(batch, 0), cache.dtype)
+                past = self._buffers.get(cache.past) or _empty_cache(cache, batch, 0)
                 self._binding.bind_ortvalue_input(cache.past, past)
                 self._binding.bind_output(cache.present)
         elif not self._buffers or next(iter(self._buffers.values())).shape()[0] != batch:
-            for cache in self._caches:
-                buffer = _zeros(cache.shape(batch, self.capacity), cache.dtype)
-                self._buffers[cache.past] = buffer
-                self._binding.bind_ortvalue_input(cache.past, buffer)
-                self._binding.bind_ortvalue_output(cache.present, buffer)
+            self._allocate_caches(batch)
+
+    def _allocate_caches(self, batch: int) -> None:
+        """Buffers for all caches in one piece of memory: NumPy asks the system for huge pages for large arrays only."""
+        self._buffers.clear()
+        lines = [-(-cache.bytes(batch, self.capacity) // _ALIGNMENT) for cache in self._caches]
+        memory = _zeros(sum(lines) * _ALIGNMENT)
+        start = 0
+        for cache, taken in zip(self._caches, lines, strict=True):
+            raw = memory[start : start + cache.bytes(batch, self.capacity)]
+            start += taken * _ALIGNMENT
+            array = raw.view(cache.dtype).reshape(cache.shape(batch, self.capacity))
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            self._buffers[cache.past] = buffer
+            self._binding.bind_ortvalue_input(cache.past, buffer)
+            self._binding.bind_ortvalue_output(cache.present, buffer)
 
 
 def choose(logits: Logits, rng: np.random.Generator, temperature: float = 0.0, top_k: int = 0) -> Tokens:
@@ -379,12 +420,16 @@ def choose(logits: Logits, rng: np.random.Generator, temperature: float = 0.0, t
     return drawn
 
 
-def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> onnxruntime.OrtValue:
-    """Zeros that begin at a cache line; pages that nobody writes to take no memory."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+def _zeros(size: int) -> npt.NDArray[np.uint8]:
+    """Bytes that begin at a cache line; pages that nobody writes to take no memory."""
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    return onnxruntime.OrtValue.ortvalue_from_numpy(raw[start : start + size].view(dtype).reshape(shape))
+    return raw[start : start + size]
+
+
+def _empty_cache(cache: _Cache, batch: int, tokens: int) -> onnxruntime.OrtValue:
+    shape = cache.shape(batch, tokens)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(cache.bytes(batch, tokens)).view(cache.dtype).reshape(shape))
 
 
 def _find_caches(path: Path, session: onnxruntime.InferenceSession) -> tuple[list[_Cache], bool]:

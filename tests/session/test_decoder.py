@@ -184,6 +184,25 @@ def test_past_and_present_are_one_buffer_that_stays_where_it_is(decoder: Decoder
     assert decoder.cache_bytes == 2 * 2 * KV_HEADS * CAPACITY * SIZE * 4
 
 
+def test_logits_of_a_step_stay_as_long_as_someone_holds_them(decoder: DecoderSession) -> None:
+    text = tokens(1, 6)
+    decoder.prefill(text[:, :2])
+    held = [decoder.step(text[:, position]) for position in range(2, 6)]
+    part_of_it, before = held[-1][0, 3:9], held[-1][0, 3:9].copy()
+    decoder.prefill(text[:, :2])
+    for position, logits in zip(range(2, 6), held, strict=True):
+        assert same(decoder.step(text[:, position]), logits)
+    del held, logits
+    decoder.step(text[:, 0])
+    assert (part_of_it == before).all()
+
+
+def test_memory_of_logits_that_nobody_holds_is_written_again(decoder: DecoderSession) -> None:
+    decoder.prefill(tokens(1, 2))
+    addresses = {decoder.step([3]).ctypes.data for _ in range(4)}
+    assert len(addresses) == 1
+
+
 def test_another_batch_gets_a_cache_of_its_own_size(decoder: DecoderSession) -> None:
     text = tokens(3, 6)
     expected = decoder.append(text)
