@@ -16,8 +16,9 @@ namespace sparamx {
 namespace {
 
 // Keys that one work item takes, at least, where one block of rows is all there is: the last part has what is left, up
-// to twice as many. A shape alone decides it, as it changes the order of summation.
-constexpr size_t kPartKeys = 512;
+// to twice as many. A shape alone decides it, as it changes the order of summation. An item costs about a microsecond
+// (its streams, its queries), so where there are many for every thread they are twice as long.
+constexpr size_t kPartKeys = 512, kManyParts = 128;
 // Keys that one work item writes to the cache.
 constexpr size_t kAppendKeys = 256;
 // More make no sense, and fewer leave every size that follows without an overflow.
@@ -111,7 +112,7 @@ struct Attention::Plan {
   size_t group;  // query heads that share a key and value head
   size_t rows;   // per key and value head: queries of its group
   size_t row_blocks, block_rows;
-  size_t parts;                                        // along the keys
+  size_t parts, part_keys;                             // along the keys
   bool in_place;                                       // keys and values are read where the call has them
   bool present_here;                                   // the host has no present: scratch stands in for it
   bool append_first;                                   // new keys are written before anything is read, not on the way
@@ -143,7 +144,8 @@ Attention::Plan Attention::PlanFor(const AttentionCall& c) const {
   p.rows = c.queries * p.group;
   p.row_blocks = std::max<size_t>(1, CeilDiv(p.rows, kRowBlock));
   p.block_rows = std::min(p.rows, kRowBlock);
-  p.parts = p.row_blocks == 1 ? std::max<size_t>(1, c.total / kPartKeys) : 1;
+  p.part_keys = c.total / kPartKeys * options_.kv_heads < kManyParts ? kPartKeys : 2 * kPartKeys;
+  p.parts = p.row_blocks == 1 ? std::max<size_t>(1, c.total / p.part_keys) : 1;
   const bool packed = options_.packed;
   p.present_here = !packed && c.present_key == nullptr && (c.past_key != nullptr || c.cos != nullptr);
   p.in_place = !packed && c.present_key == nullptr && !p.present_here;
@@ -514,8 +516,8 @@ void Attention::Task::AttendItem(size_t item) const {
   const bool packed = attention->options_.packed;
   const bool append = !plan.in_place && !plan.append_first;
   const bool is_last_part = part + 1 == plan.parts;
-  const size_t begin = part * kPartKeys * (plan.parts > 1 ? 1 : 0);
-  const size_t end = is_last_part ? lengths.total : std::min(begin + kPartKeys, lengths.total);
+  const size_t begin = part * plan.part_keys * (plan.parts > 1 ? 1 : 0);
+  const size_t end = is_last_part ? lengths.total : std::min(begin + plan.part_keys, lengths.total);
   const size_t first_seen = slot.visible[0].first;
   size_t last_seen = 0;  // rows at the end may be padding, which sees nothing
   for (size_t r = 0; r < rows; ++r) last_seen = std::max<size_t>(last_seen, slot.visible[r].last);

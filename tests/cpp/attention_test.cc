@@ -182,6 +182,10 @@ std::vector<Case> Cases() {
       {1, 2, 2, 2, 1022, 16, 16, true, true, true, -1},
       {2, 4, 2, 1, 1024, 16, 16, true, true, false, -1},
       {1, 2, 2, 1, 1535, 16, 16, true, true, true, 700},
+      // And into longer ones.
+      {1, 32, 32, 1, 2046, 8, 8, true, true, true, -1},
+      {1, 32, 32, 1, 2047, 8, 8, true, true, true, -1},
+      {1, 44, 44, 1, 1600, 8, 8, true, true, true, 900},
   };
 }
 
