@@ -142,7 +142,8 @@ class DecoderSession:
         self.capacity = capacity
         self._binding = self._session.io_binding()
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
-        self._step_logits: _LogitsMemory | None = None  # what the binding has
+        self._step_logits: list[_LogitsMemory] = []  # two: callers hold the last logits while the next are made
+        self._bound_logits: _LogitsMemory | None = None
         self._mask: Tokens = np.zeros((0, 0), np.int64)
         self._ones: Tokens = np.ones((1, capacity), np.int64)
 
@@ -342,7 +343,7 @@ class DecoderSession:
         batch, tokens = feeds["input_ids"].shape
         if not self.shares_buffers:
             self._binding.clear_binding_outputs()
-            self._step_logits = None
+            self._bound_logits = None
         logits = self._bind_logits(batch, tokens)
         self._bind_caches(batch)
         with in_one_sentence("ONNX Runtime cannot run this decoder"):
@@ -362,14 +363,23 @@ class DecoderSession:
             self._binding.bind_output("logits")
             return None
         shape = batch, rows if isinstance(rows, int) else tokens, vocab
-        bound = self._step_logits
-        if bound is not None and bound.shape == shape and bound.is_free:
-            return bound.array()
-        self._step_logits = _LogitsMemory(shape, self._logits_type) if shape[1] == 1 else None
-        logits = self._step_logits.array() if self._step_logits else np.empty(shape, self._logits_type)
+        memory = self._memory_of_step(shape) if shape[1] == 1 else None
+        logits = np.empty(shape, self._logits_type) if memory is None else memory.array()
+        if memory is not None and memory is self._bound_logits:
+            return logits
+        self._bound_logits = memory
         address = logits.__array_interface__["data"][0]  # a tenth of the time of ctypes.data
         self._binding.bind_output("logits", "cpu", 0, self._logits_type, shape, address)
         return logits
+
+    def _memory_of_step(self, shape: tuple[int, ...]) -> _LogitsMemory:
+        """Memory for logits of this shape that nobody holds."""
+        for memory in self._step_logits:
+            if memory.shape == shape and memory.is_free:
+                return memory
+        memory = _LogitsMemory(shape, self._logits_type)
+        self._step_logits = [*self._step_logits[-1:], memory]
+        return memory
 
     def _bind_caches(self, batch: int) -> None:
         if not self.shares_buffers:

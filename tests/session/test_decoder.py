@@ -199,8 +199,12 @@ def test_logits_of_a_step_stay_as_long_as_someone_holds_them(decoder: DecoderSes
 
 def test_memory_of_logits_that_nobody_holds_is_written_again(decoder: DecoderSession) -> None:
     decoder.prefill(tokens(1, 2))
-    addresses = {decoder.step([3]).ctypes.data for _ in range(4)}
-    assert len(addresses) == 1
+    assert len({decoder.step([3]).ctypes.data for _ in range(4)}) == 1
+    logits, addresses = decoder.step([3]), set()
+    for _ in range(6):
+        logits = decoder.step(logits.argmax(axis=1))
+        addresses.add(logits.ctypes.data)
+    assert len(addresses) == 2
 
 
 def test_another_batch_gets_a_cache_of_its_own_size(decoder: DecoderSession) -> None:
