@@ -17,7 +17,7 @@ namespace {
 
 // Keys that one work item takes, at least, where one block of rows is all there is: the last part has what is left, up
 // to twice as many. A shape alone decides it, as it changes the order of summation. An item costs about a microsecond
-// (its streams, its queries), so where there are many for every thread they are twice as long.
+// (its streams, its queries), so where an entry of the batch would have many they are twice as long.
 constexpr size_t kPartKeys = 512, kManyParts = 128;
 // Keys that one work item writes to the cache.
 constexpr size_t kAppendKeys = 256;
@@ -516,7 +516,7 @@ void Attention::Task::AttendItem(size_t item) const {
   const bool packed = attention->options_.packed;
   const bool append = !plan.in_place && !plan.append_first;
   const bool is_last_part = part + 1 == plan.parts;
-  const size_t begin = part * plan.part_keys * (plan.parts > 1 ? 1 : 0);
+  const size_t begin = part * plan.part_keys;
   const size_t end = is_last_part ? lengths.total : std::min(begin + plan.part_keys, lengths.total);
   const size_t first_seen = slot.visible[0].first;
   size_t last_seen = 0;  // rows at the end may be padding, which sees nothing

@@ -42,14 +42,13 @@ size_t UnaliasedStride(size_t bytes) {
   return bytes % 1024 == 0 ? bytes + 64 : bytes;
 }
 
-// The share of all work that lies before an item. A thread of the host takes a run of items, one after the other, then
-// what is left of others' runs: items become smaller along a run, so that little is left to wait for at its end.
-double ShareBefore(size_t item, size_t items) {
-  const size_t runs = CpuCount();
-  if (items % runs != 0) return static_cast<double>(item) / static_cast<double>(items);
-  const size_t length = items / runs;
-  const double left = 1.0 - static_cast<double>(item % length) / static_cast<double>(length);
-  return (static_cast<double>(item / length) + 1.0 - left * left) / static_cast<double>(runs);
+// How much of `whole` lies before an item. A thread of the host takes a run of items, one after the other, then what is
+// left of others' runs: items become smaller along a run, so that little is left to wait for at its end. The division
+// comes last: 49 groups among 49 items are one each, which 1 / 49 * 49, rounded down, is not.
+uint64_t WorkBefore(uint64_t whole, size_t item, size_t items) {
+  const size_t cpus = CpuCount(), length = items % cpus == 0 ? items / cpus : 1, left = length - item % length;
+  const auto before = static_cast<double>((item / length + 1) * length * length - left * left);
+  return static_cast<uint64_t>(static_cast<double>(whole) * before / static_cast<double>(items * length));
 }
 
 // The strip at which item `item` of `items` begins.
@@ -57,16 +56,14 @@ size_t FirstStrip(const PackedView& w, size_t item, size_t items) {
   const size_t groups = CeilDiv(w.strips, kStripStep);
   if (item == 0) return 0;
   if (item >= items) return w.strips;
-  const double share = ShareBefore(item, items);
-  const auto part_of = [&](uint64_t whole) { return static_cast<uint64_t>(static_cast<double>(whole) * share); };
-  if (w.form == Form::kDense) return std::min(w.strips, static_cast<size_t>(part_of(groups)) * kStripStep);
+  if (w.form == Form::kDense) return std::min<size_t>(w.strips, WorkBefore(groups, item, items) * kStripStep);
   // Masks are read too, so a strip without values still counts, in units of a value.
   const uint64_t mask_weight = std::max<uint64_t>(1, w.tiles * MaskBytesPerTile(w.type) * 8 / CodeBits(w.type));
   auto before = [&](size_t group) {
     const size_t strip = std::min(w.strips, group * kStripStep);
     return ValuesBefore(w, strip, 0) + strip * mask_weight;
   };
-  const uint64_t target = part_of(before(groups));
+  const uint64_t target = WorkBefore(before(groups), item, items);
   size_t low = 0, high = groups;
   while (low < high) {
     const size_t middle = (low + high) / 2;

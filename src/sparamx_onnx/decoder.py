@@ -393,14 +393,11 @@ class DecoderSession:
     def _allocate_caches(self, batch: int) -> None:
         """Buffers for all caches in one piece of memory: NumPy asks the system for huge pages for large arrays only."""
         self._buffers.clear()
-        lines = [-(-cache.bytes(batch, self.capacity) // _ALIGNMENT) for cache in self._caches]
-        memory = _zeros(sum(lines) * _ALIGNMENT)
-        start = 0
-        for cache, taken in zip(self._caches, lines, strict=True):
-            raw = memory[start : start + cache.bytes(batch, self.capacity)]
-            start += taken * _ALIGNMENT
-            array = raw.view(cache.dtype).reshape(cache.shape(batch, self.capacity))
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        sizes = [-(-cache.bytes(batch, self.capacity) // _ALIGNMENT) * _ALIGNMENT for cache in self._caches]
+        memory = _zeros(sum(sizes))
+        for cache, size in zip(self._caches, sizes, strict=True):
+            buffer = _cache_in(memory, cache, batch, self.capacity)
+            memory = memory[size:]
             self._buffers[cache.past] = buffer
             self._binding.bind_ortvalue_input(cache.past, buffer)
             self._binding.bind_ortvalue_output(cache.present, buffer)
@@ -438,8 +435,13 @@ def _zeros(size: int) -> npt.NDArray[np.uint8]:
 
 
 def _empty_cache(cache: _Cache, batch: int, tokens: int) -> onnxruntime.OrtValue:
-    shape = cache.shape(batch, tokens)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(cache.bytes(batch, tokens)).view(cache.dtype).reshape(shape))
+    return _cache_in(_zeros(cache.bytes(batch, tokens)), cache, batch, tokens)
+
+
+def _cache_in(memory: npt.NDArray[np.uint8], cache: _Cache, batch: int, tokens: int) -> onnxruntime.OrtValue:
+    """The cache at the beginning of some memory, which it keeps alive."""
+    array = memory[: cache.bytes(batch, tokens)].view(cache.dtype).reshape(cache.shape(batch, tokens))
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def _find_caches(path: Path, session: onnxruntime.InferenceSession) -> tuple[list[_Cache], bool]:
