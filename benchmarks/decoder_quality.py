@@ -29,6 +29,8 @@ from sparamx_onnx.models import tinylm
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 METHODS = ("magnitude", "wanda", "sparsegpt")
 WEIGHT_TYPES = ("bf16", "int8", "int4")
+# Other scales of int4 weights than those of the default; also pruned by half.
+INT4_SCALES: tuple[dict[str, Any], ...] = ({"scale_type": "fp16"}, {"group_size": 64}, {"group_size": 128})
 PATTERN = "2:4"
 # Kept whole: the first and the last tokens.
 GUARDED = {"sink": 64, "recent": 64}
@@ -36,7 +38,19 @@ GUARDED = {"sink": 64, "recent": 64}
 STEP = 64
 CALIBRATION_BATCH = 8
 # What makes a result another one.
-KEYS = ("part", "weights", "method", "sparsity", "pattern", "k_sparsity", "v_sparsity", "sink", "recent")
+KEYS = (
+    "part",
+    "weights",
+    "scale_type",
+    "group_size",
+    "method",
+    "sparsity",
+    "pattern",
+    "k_sparsity",
+    "v_sparsity",
+    "sink",
+    "recent",
+)
 
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
@@ -122,6 +136,10 @@ def weight_cases(arguments: argparse.Namespace) -> Iterator[Row]:
             for sparsity in arguments.sparsities:
                 yield {"weights": kind, "method": method, "sparsity": sparsity}
             yield {"weights": kind, "method": method, "pattern": PATTERN}
+    for scales in INT4_SCALES if "int4" in arguments.weights else ():
+        yield {"weights": "int4", **scales, "method": "keep"}
+        for method in arguments.methods:
+            yield {"weights": "int4", **scales, "method": method, "sparsity": 0.5}
 
 
 def weights(dense: Path, folder: Path, arguments: argparse.Namespace, cases: Sequence[Row]) -> Iterator[Row]:

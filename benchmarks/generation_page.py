@@ -1,8 +1,9 @@
-"""The tables of docs/generation.md, made of what generation.py measured."""
+"""The tables of docs/generation.md, made of what generation.py measured, on one CPU with AMX and on one without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import generation
 from tables import load, table
@@ -21,9 +22,9 @@ DECODER_NAMES = {
 }
 
 
-def _generation(what: str) -> str:
-    """Tokens per second of every pair."""
-    cells = load("generation")["cells"]
+def speeds(document: str, what: str) -> str:
+    """Tokens per second of every pair: decode steps ("context") or prompts ("prompt")."""
+    cells = load(document)["cells"]
     rows = []
     for pair in generation.PAIRS:
         for cell in cells:
@@ -39,19 +40,9 @@ def _generation(what: str) -> str:
     return table(["tokens", "packed", "against", "tokens/s", "theirs", "faster", "at least"], rows)
 
 
-def generation_decode() -> str:
-    """Decode steps after so many tokens."""
-    return _generation("context")
-
-
-def generation_prompts() -> str:
-    """Prompts of so many tokens."""
-    return _generation("prompt")
-
-
-def generation_memory() -> str:
+def memory(document: str) -> str:
     """PSS of one process and of each of several."""
-    cells = load("generation")["cells"]
+    cells = load(document)["cells"]
     steps = [cell for cell in cells if cell["what"] == "context"]
     shared = {cell["ours"]: cell for cell in cells if cell["what"] == "processes"}
     rows = []
@@ -70,6 +61,10 @@ def generation_memory() -> str:
     return table(["", "tokens", "PSS, MB", "file, MB", "several processes, MB", "together, MB"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (generation_decode, generation_prompts, generation_memory)
-}
+TABLES: dict[str, Callable[[], str]] = {}
+for _document in ("generation", "generation_zen5"):
+    TABLES |= {
+        f"{_document}_decode": partial(speeds, _document, "context"),
+        f"{_document}_prompts": partial(speeds, _document, "prompt"),
+        f"{_document}_memory": partial(memory, _document),
+    }

@@ -9,11 +9,18 @@ from typing import Any
 import plots
 from tables import load, table
 
+Cell = dict[str, Any]
+
 METHODS = ("magnitude", "wanda", "sparsegpt")
 WEIGHT_TYPES = ("bf16", "int8", "int4")
+# Other int4 scales than the default's, as decoder_quality.py names them.
+DEFAULT_SCALES = {"scale_type": None, "group_size": None}
+INT4_SCALES: dict[str, Cell] = {
+    "int4, fp16 scales": {"scale_type": "fp16"},
+    "int4, groups of 64": {"group_size": 64},
+    "int4, groups of 128": {"group_size": 128},
+}
 CACHE_KINDS = {"keys": (1, 0), "values": (0, 1), "both": (1, 1)}
-
-Cell = dict[str, Any]
 
 
 def percent(share: float) -> str:
@@ -120,15 +127,14 @@ def decoder_types() -> str:
     """Weight types without pruning, and pruned by half."""
     cells = part("weights")
     rows = [["fp32, ONNX Runtime", f"{dense()['perplexity']:.2f}", f"{dense()['bytes'] / 1e6:.1f}", "", ""]]
-    for kind in WEIGHT_TYPES:
-        packed = find(cells, weights=kind, method="keep")
-        pruned = find(cells, weights=kind, method="sparsegpt", sparsity=0.5)
-        rows.append(
-            [
-                kind,
-                *(text for cell in (packed, pruned) for text in _perplexity_and_bytes(cell)),
-            ]
-        )
+    kinds: dict[str, Cell] = {kind: {"weights": kind} for kind in WEIGHT_TYPES}
+    kinds |= {name: {"weights": "int4", **scales} for name, scales in INT4_SCALES.items()}
+    for name, kind in kinds.items():
+        kind = DEFAULT_SCALES | kind
+        packed = find(cells, **kind, method="keep")
+        pruned = find(cells, **kind, method="sparsegpt", sparsity=0.5)
+        if packed or pruned:
+            rows.append([name, *(text for cell in (packed, pruned) for text in _perplexity_and_bytes(cell))])
     return table(["weights", "as they are", "MB", "SparseGPT 50 %", "MB"], rows)
 
 
@@ -142,7 +148,7 @@ def decoder_weights() -> str:
     rows = []
     for kind in WEIGHT_TYPES:
         for method in METHODS:
-            found = [find(cells, weights=kind, method=method, **case) for case in axis]
+            found = [find(cells, weights=kind, method=method, **DEFAULT_SCALES, **case) for case in axis]
             if any(found):
                 rows.append([kind, method, *(f"{cell['perplexity']:.2f}" if cell else "" for cell in found)])
     return table(["weights", "method", *(case["pattern"] or percent(case["sparsity"]) for case in axis)], rows)
@@ -236,7 +242,7 @@ def sparsity_axis(title: str, sparsities: Sequence[float]) -> plots.Axis:
 
 def weights_chart() -> str:
     """Perplexity against zeros: every method as bf16, the best one as int8 and int4, too."""
-    cells = [cell for cell in part("weights") if "sparsity" in cell]
+    cells = [cell for cell in part("weights") if "sparsity" in cell and not cell.keys() & DEFAULT_SCALES]
     drawn = [("bf16", method, False) for method in METHODS] + [(kind, "sparsegpt", True) for kind in ("int8", "int4")]
     lines = {
         (kind, method, dashed): [
