@@ -13,7 +13,16 @@ from sparamx_onnx.graph_passes.prune_calibrated import CalibratedPruner
 from sparamx_onnx.graph_passes.prune_magnitude import prune_by_magnitude, zeros_wanted
 from sparamx_onnx.graph_passes.prune_pattern import Pattern
 from sparamx_onnx.graph_passes.rewrite_matmul import Chosen
-from sparamx_onnx.ops.packing import QUANTIZED, Form, WeightType, count_nonzero, describe, expected_size, pack
+from sparamx_onnx.ops.packing import (
+    QUANTIZED,
+    Form,
+    WeightType,
+    column_scale_bytes,
+    count_nonzero,
+    describe,
+    expected_size,
+    pack,
+)
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in total."""
@@ -147,4 +156,6 @@ def _from_sample(sample: npt.NDArray[np.generic], chosen: Chosen) -> Size:
     if weight_type is WeightType.INT8:
         # Its scales are those of all rows, of which the sample has few.
         return replace(_counted(chosen, nnz, before), estimated=True)
-    return Size(before, nnz, round(factor * info.blob_bytes), info.form, estimated=True)
+    # A sample has more columns for its weights than the whole matrix.
+    sampled, whole = (column_scale_bytes(n, info.scale_type) for n in (info.n, chosen.layer.n))
+    return Size(before, nnz, round(factor * (info.blob_bytes - sampled)) + whole, info.form, estimated=True)

@@ -153,9 +153,9 @@ class ConvertOptions:
                 sizes = ", ".join(map(str, GROUP_SIZES))
                 raise SparamxError(f"The group size must be one of {sizes}, not {self.group_size}.")
             if self.scale_type is None:
-                object.__setattr__(self, "scale_type", ScaleType.FP16)
+                object.__setattr__(self, "scale_type", ScaleType.INT8)
             if self.scale_type is ScaleType.NONE:
-                raise SparamxError("int4 weights need scales; there are fp16 and fp32.")
+                raise SparamxError("int4 weights need scales; there are int8, fp16 and fp32.")
             return
         for value, what in ((self.group_size, "group size"), (self.scale_type, "scale type")):
             if value is not None:

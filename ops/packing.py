@@ -46,6 +46,7 @@ class ScaleType(StrEnum):
     """The type of the scales of quantized weights. ``NONE`` takes the weight type's own default."""
 
     NONE = "none"
+    INT8 = "int8"
     FP16 = "fp16"
     FP32 = "fp32"
 
@@ -59,7 +60,7 @@ DEFAULT_GROUP_SIZE: Final = 32
 # The numbers of the C interface are the positions in these lists.
 _WEIGHT_TYPES = [WeightType.FP32, WeightType.BF16, WeightType.INT8, WeightType.INT4]
 _FORMS = [Form.AUTO, Form.SPARSE, Form.DENSE]
-_SCALE_TYPES = [ScaleType.NONE, ScaleType.FP16, ScaleType.FP32]
+_SCALE_TYPES = [ScaleType.NONE, ScaleType.FP16, ScaleType.FP32, ScaleType.INT8]
 _EPILOGUES = [Epilogue.NONE, Epilogue.RELU, Epilogue.GELU, Epilogue.GELU_TANH, Epilogue.SILU]
 _SOURCE_DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
@@ -73,8 +74,9 @@ class PackOptions:
     Attributes:
         weight_type: Type of the stored weights.
         form: Sparse, dense, or the smaller of the two.
-        scale_type: Type of the scales: fp32 for int8 weights, fp16 (the default) or fp32 for int4 weights. fp16 scales
-            cannot hold weights beyond about 500,000.
+        scale_type: Type of the scales: fp32 for int8 weights; for int4 weights int8 (the default: multiples of one
+            fp32 number an output), fp16 or fp32. fp16 scales cannot hold weights beyond about 500,000. Scales that are
+            given are stored as fp16 (then the default) or fp32.
         group_size: Weights along K that share a scale, one of GROUP_SIZES; int4 only, where 0 takes 32. Others take 0.
         threads: Threads to pack with; 0 takes one per core. The result does not depend on it.
     """
@@ -226,6 +228,11 @@ def count_nonzero(w: npt.NDArray[np.generic], weight_type: WeightType) -> int:
         # Doubling shifts the sign out and leaves twice the magnitude.
         count += int(np.count_nonzero(np.add(chunk, chunk) >= 2 * smallest))
     return count
+
+
+def column_scale_bytes(n: int, scale_type: ScaleType) -> int:
+    """What of a blob with ``n`` columns does not grow with its rows: the numbers that int8 scales are multiples of."""
+    return -(-n // _STRIP) * _STRIP * 4 if scale_type is ScaleType.INT8 else 0
 
 
 def _aligned(size: int) -> int:

@@ -27,9 +27,14 @@ SECTION_BITMAP = 2
 SECTION_VALUES = 3
 SECTION_SCALES = 4
 SECTION_SUMS = 6
+SECTION_COLUMN_SCALES = 7
 
 # Weight types as the header numbers them.
 _FP32, _BF16, _INT8, _INT4 = range(4)
+
+# Scale types as the header numbers them; int8 scales are multiples of an output's fp32 scale.
+_SCALE_DTYPES = {1: "<f2", 2: "<f4", 3: "i1"}
+_INT8_SCALES = 3
 
 # What a stored code is above the number that it means; also the code of a weight that is not stored.
 _CODE_OF_ZERO = {_INT8: 128, _INT4: 8}
@@ -255,11 +260,16 @@ def _scales(blob: bytes, header: BlobHeader) -> npt.NDArray[np.float32]:
     if header.groups == 0:
         return np.ones((1, 1), np.float32)
     section = _section(blob, header, SECTION_SCALES)
-    stored = (section.view("<f2") if header.scale_type == 1 else section.view("<f4")).astype(np.float32)
+    stored = section.view(_SCALE_DTYPES[header.scale_type]).astype(np.float32)
     if stored.size != header.strips * header.groups * STRIP:
         raise SparamxError("The scales of the packed weight have the wrong size.")
     # [strip, group, column] -> [group, n]
     by_strip = stored.reshape(header.strips, header.groups, STRIP)
+    if header.scale_type == _INT8_SCALES:
+        columns = _section(blob, header, SECTION_COLUMN_SCALES).view("<f4")
+        if columns.size != header.strips * STRIP:
+            raise SparamxError("The column scales of the packed weight have the wrong size.")
+        by_strip = by_strip * columns.reshape(header.strips, 1, STRIP)
     by_group = by_strip.transpose(1, 0, 2).reshape(header.groups, header.strips * STRIP)
     scales: npt.NDArray[np.float32] = by_group[np.arange(header.k) // (header.group_size or max(1, header.k))]
     return scales

@@ -50,7 +50,7 @@ Status ReadArguments(const sparamx_matrix* m, const sparamx_pack_options* o, spa
     return Status::Invalid("unknown source type " + std::to_string(m->source_type));
   if (o->weight_type > SPARAMX_INT4) return Status::Invalid("unknown weight type " + std::to_string(o->weight_type));
   if (o->form > SPARAMX_FORM_DENSE) return Status::Invalid("unknown form " + std::to_string(o->form));
-  if (o->scale_type > SPARAMX_SCALE_FP32) return Status::Invalid("unknown scale type " + std::to_string(o->scale_type));
+  if (o->scale_type > SPARAMX_SCALE_INT8) return Status::Invalid("unknown scale type " + std::to_string(o->scale_type));
   *source = {m->data, m->k, m->n, m->stride_k, m->stride_n, static_cast<sparamx::SourceType>(m->source_type)};
   options->type = static_cast<sparamx::WeightType>(o->weight_type);
   options->form = static_cast<sparamx::Form>(o->form);

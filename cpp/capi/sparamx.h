@@ -30,7 +30,12 @@ enum sparamx_status {
 
 enum sparamx_weight_type { SPARAMX_FP32 = 0, SPARAMX_BF16 = 1, SPARAMX_INT8 = 2, SPARAMX_INT4 = 3 };
 enum sparamx_form { SPARAMX_FORM_AUTO = 0, SPARAMX_FORM_SPARSE = 1, SPARAMX_FORM_DENSE = 2 };
-enum sparamx_scale_type { SPARAMX_SCALE_NONE = 0, SPARAMX_SCALE_FP16 = 1, SPARAMX_SCALE_FP32 = 2 };
+enum sparamx_scale_type {
+  SPARAMX_SCALE_NONE = 0,
+  SPARAMX_SCALE_FP16 = 1,
+  SPARAMX_SCALE_FP32 = 2,
+  SPARAMX_SCALE_INT8 = 3
+};
 enum sparamx_source_type { SPARAMX_SOURCE_FP32 = 0, SPARAMX_SOURCE_FP16 = 1, SPARAMX_SOURCE_BF16 = 2 };
 enum sparamx_epilogue {
   SPARAMX_EPILOGUE_NONE = 0,

@@ -9,7 +9,7 @@
 namespace sparamx {
 
 enum class WeightType : uint8_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
-enum class ScaleType : uint8_t { kNone = 0, kFp16 = 1, kFp32 = 2 };
+enum class ScaleType : uint8_t { kNone = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3 };
 enum class Form : uint8_t { kAuto = 0, kSparse = 1, kDense = 2 };
 constexpr int kWeightTypes = 4;
 
@@ -46,6 +46,9 @@ static constexpr size_t MaskBytesPerTile(WeightType type) {
 static constexpr size_t TilesPerRun(WeightType type) {
   return kRunK / TileK(type);
 }
+static constexpr size_t ScaleBytes(ScaleType type) {
+  return type == ScaleType::kInt8 ? 1 : type == ScaleType::kFp16 ? 2 : 4;
+}
 // What a stored code is above the number that it means: 8-bit and 4-bit codes are stored unsigned.
 static constexpr int CodeBias(WeightType type) {
   return type == WeightType::kInt8 ? 128 : type == WeightType::kInt4 ? 8 : 0;
@@ -74,8 +77,9 @@ struct PackedView {
   const uint8_t* offsets;  // sparse: uint64 per run
   const uint8_t* bitmap;   // sparse
   const uint8_t* values;
-  const uint8_t* scales;  // [strips][groups][16]
-  const uint8_t* sums;    // int8: int32 [strips][16], the sum of what the codes of an output mean; else null
+  const uint8_t* scales;         // [strips][groups][16]
+  const uint8_t* column_scales;  // int8 scales: float [strips][16], what they are multiples of; else null
+  const uint8_t* sums;           // int8: int32 [strips][16], the sum of what the codes of an output mean; else null
 };
 
 // Tiles of one strip in run `run`: the last one may have fewer.

@@ -48,7 +48,7 @@ struct QuantizedCoder {
 // What the passes before the writing learn.
 struct Census {
   PackedView geometry;
-  std::vector<float> scales;      // [strips][groups][16]
+  internal::Scales scales;
   std::vector<uint64_t> offsets;  // strips * runs + 1
   std::vector<int32_t> sums;      // int8: [strips][16]
   uint64_t nnz = 0;
@@ -63,7 +63,7 @@ struct Codes {
 
   Codes(const Census& census, size_t strip, size_t run, const Stage& stage, size_t column, size_t rows) {
     const PackedView& g = census.geometry;
-    const float* scales = g.groups == 0 ? nullptr : &census.scales[strip * g.groups * kStripColumns];
+    const float* scales = g.groups == 0 ? nullptr : &census.scales.of_groups[strip * g.groups * kStripColumns];
     static constexpr float kNone[kStripColumns] = {};
     for (size_t k = 0; k < rows; ++k) {
       // Padded rows lie beyond the last group: they are zeros in any.
@@ -173,7 +173,9 @@ Status CheckArguments(const SourceMatrix& m, PackOptions* o) {
     if (o->scale_type != ScaleType::kFp32) return Status::Invalid("int8 weights take fp32 scales");
     if (o->group_size != 0) return Status::Invalid("int8 weights take no groups");
   } else if (o->type == WeightType::kInt4) {
-    if (o->scale_type == ScaleType::kNone) o->scale_type = ScaleType::kFp16;
+    if (o->scale_type == ScaleType::kNone) o->scale_type = o->scales == nullptr ? ScaleType::kInt8 : ScaleType::kFp16;
+    if (o->scale_type == ScaleType::kInt8 && o->scales != nullptr)
+      return Status::Invalid("given scales are stored as fp16 or fp32, not as int8");
     if (o->group_size == 0) o->group_size = 32;
     if (!internal::IsGroupSize(o->group_size)) return Status::Invalid("the group size must be 16, 32, 64, 128 or 256");
   } else if (o->scale_type != ScaleType::kNone || o->group_size != 0 || o->scales != nullptr) {
@@ -244,13 +246,23 @@ Status Count(const SourceMatrix& m, const PackOptions& o, Census* census) {
 }
 
 void WriteScales(const Census& census, uint8_t* out) {
-  const bool fp16 = census.geometry.scale_type == ScaleType::kFp16;
-  for (size_t i = 0; i < census.scales.size(); ++i) {
-    const uint16_t half = Fp16FromFloat(census.scales[i]);
-    if (fp16)
-      std::memcpy(out + 2 * i, &half, sizeof half);
-    else
-      std::memcpy(out + 4 * i, &census.scales[i], sizeof(float));
+  const std::vector<float>& scales = census.scales.of_groups;
+  switch (census.geometry.scale_type) {
+    case ScaleType::kInt8:
+      for (size_t i = 0; i < scales.size(); ++i) {
+        const size_t strip = i / (census.geometry.groups * kStripColumns);
+        const float column = census.scales.of_columns[strip * kStripColumns + i % kStripColumns];
+        out[i] = static_cast<uint8_t>(static_cast<int>(internal::ScaleNumber(scales[i], column)));
+      }
+      return;
+    case ScaleType::kFp16:
+      for (size_t i = 0; i < scales.size(); ++i) {
+        const uint16_t half = Fp16FromFloat(scales[i]);
+        std::memcpy(out + 2 * i, &half, sizeof half);
+      }
+      return;
+    default:
+      std::memcpy(out, scales.data(), scales.size() * sizeof(float));
   }
 }
 
@@ -290,7 +302,10 @@ Status Write(const SourceMatrix& m, const PackOptions& o, const Census& census, 
   const PackedView& g = census.geometry;
   if (census.form == Form::kSparse)
     std::memcpy(at[internal::kOffsets], census.offsets.data(), census.offsets.size() * 8);
-  WriteScales(census, at[internal::kScales]);
+  if (!census.scales.of_groups.empty()) WriteScales(census, at[internal::kScales]);
+  if (!census.scales.of_columns.empty())
+    std::memcpy(at[internal::kColumnScales], census.scales.of_columns.data(),
+                census.scales.of_columns.size() * sizeof(float));
   if (!census.sums.empty()) std::memcpy(at[internal::kSums], census.sums.data(), census.sums.size() * sizeof(int32_t));
   ForEachRun(m, g, o.threads, [&](size_t strip, size_t run, const Stage& stage, size_t column) {
     const size_t tile = strip * g.tiles + run * TilesPerRun(g.type), tiles = TilesInRun(g, run);

@@ -35,8 +35,9 @@ struct SourceMatrix {
   SourceType type;
 };
 
-// scale_type kNone takes the type's default (int8: fp32, int4: fp16), group_size 0 as well (int4: 32). Without `scales`
-// the packer chooses them; with them, weights that are whole multiples of theirs keep these multiples as codes.
+// scale_type kNone takes the type's default (int8: fp32; int4: int8, or fp16 for given scales), group_size 0 as well
+// (int4: 32). Without `scales` the packer chooses them; with them, weights that are whole multiples of theirs keep
+// these multiples as codes.
 struct PackOptions {
   WeightType type = WeightType::kBf16;
   Form form = Form::kAuto;
@@ -74,8 +75,8 @@ struct Section {
 };
 static_assert(sizeof(Section) == 24, "docs/format.md promises 24 bytes");
 
-enum SectionId : uint32_t { kOffsets = 1, kBitmap, kValues, kScales, kDirectory, kSums };
-constexpr size_t kSectionKinds = 6;
+enum SectionId : uint32_t { kOffsets = 1, kBitmap, kValues, kScales, kDirectory, kSums, kColumnScales };
+constexpr size_t kSectionKinds = 7;
 
 constexpr char kMagic[8] = {'S', 'P', 'A', 'R', 'A', 'M', 'X', 'W'};
 

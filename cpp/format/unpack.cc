@@ -33,12 +33,16 @@ float ScaleOf(const PackedView& w, size_t strip, uint64_t k, size_t column) {
   if (w.groups == 0) return 1.0f;
   const size_t group = w.group_size == 0 ? 0 : k / w.group_size;
   const size_t index = (strip * w.groups + group) * kStripColumns + column;
+  float scale;
+  if (w.scale_type == ScaleType::kInt8) {
+    std::memcpy(&scale, w.column_scales + 4 * (strip * kStripColumns + column), sizeof scale);
+    return static_cast<float>(static_cast<int8_t>(w.scales[index])) * scale;
+  }
   if (w.scale_type == ScaleType::kFp16) {
     uint16_t half;
     std::memcpy(&half, w.scales + 2 * index, sizeof half);
     return FloatFromFp16(half);
   }
-  float scale;
   std::memcpy(&scale, w.scales + 4 * index, sizeof scale);
   return scale;
 }

@@ -38,8 +38,9 @@ SectionSizes SizesOf(WeightType type, Form form, ScaleType scale_type, uint32_t 
   } else {
     sizes.bytes[kValues] = ValueBytes(type, static_cast<uint64_t>(v.strips) * v.tiles * TileWeights(type));
   }
-  sizes.bytes[kScales] =
-      static_cast<uint64_t>(v.strips) * v.groups * kStripColumns * (scale_type == ScaleType::kFp16 ? 2 : 4);
+  sizes.bytes[kScales] = static_cast<uint64_t>(v.strips) * v.groups * kStripColumns * ScaleBytes(scale_type);
+  if (scale_type == ScaleType::kInt8)
+    sizes.bytes[kColumnScales] = static_cast<uint64_t>(v.strips) * kStripColumns * sizeof(float);
   if (type == WeightType::kInt8) sizes.bytes[kSums] = static_cast<uint64_t>(v.strips) * kStripColumns * 4;
   return sizes;
 }
@@ -55,11 +56,12 @@ std::string Hex(uint64_t v) {
 bool ScalesFit(WeightType type, uint8_t scale_type, uint32_t group_size) {
   const bool fp16 = scale_type == static_cast<uint8_t>(ScaleType::kFp16);
   const bool fp32 = scale_type == static_cast<uint8_t>(ScaleType::kFp32);
+  const bool int8 = scale_type == static_cast<uint8_t>(ScaleType::kInt8);
   switch (type) {
     case WeightType::kInt8:
       return fp32 && group_size == 0;
     case WeightType::kInt4:
-      return (fp16 || fp32) && IsGroupSize(group_size);
+      return (fp16 || fp32 || int8) && IsGroupSize(group_size);
     default:
       return scale_type == 0 && group_size == 0;
   }
@@ -201,6 +203,7 @@ Status Parse(const uint8_t* blob, uint64_t blob_size, PackedView* view) {
   v.bitmap = blob + offset[kBitmap];
   v.values = blob + offset[kValues];
   v.scales = blob + offset[kScales];
+  v.column_scales = v.scale_type == ScaleType::kInt8 ? blob + offset[kColumnScales] : nullptr;
   v.sums = v.type == WeightType::kInt8 ? blob + offset[kSums] : nullptr;
   if (v.form == Form::kSparse) {
     status = CheckRuns(v);

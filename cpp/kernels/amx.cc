@@ -122,9 +122,7 @@ struct Int4Tiles {
     for (size_t row = 0; row < 16; ++row) {
       if (row % group_rows == 0) {
         const uint8_t* p = ScalesOf(w, strip, Min(w.groups - 1, (tile * 64 + row * 4) / w.group_size));
-        const __m512 scales = w.scale_type == ScaleType::kFp16
-                                  ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
-                                  : _mm512_loadu_ps(p);
+        const __m512 scales = Avx512Integer::Scales(p, w.scale_type, ColumnScalesOf(w, strip));
         low = _mm512_permutexvar_ps(_mm512_load_si512(kPairOrder.low), scales);
         high = _mm512_permutexvar_ps(_mm512_load_si512(kPairOrder.high), scales);
       }
@@ -416,9 +414,7 @@ struct GroupSums {
     const auto* x = static_cast<const uint8_t*>(job.x);
     for (size_t s = 0; s < Strips; ++s) {
       const uint8_t* p = ScalesOf(w, strip + s, group);
-      const __m512 scales = w.scale_type == ScaleType::kFp16
-                                ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
-                                : _mm512_loadu_ps(p);
+      const __m512 scales = Avx512Integer::Scales(p, w.scale_type, ColumnScalesOf(w, strip + s));
       for (size_t tile_row = 0; tile_row < RowTiles; ++tile_row)
         FlushInts(ints[2 * tile_row + s], Min(16, job.rows - 16 * tile_row), x + 16 * tile_row * job.x_row_bytes,
                   job.x_row_bytes, layout.scales_at + 4 * group, scales,

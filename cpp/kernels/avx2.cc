@@ -154,8 +154,13 @@ struct Avx2Integer : Avx2Base {
     const auto* p = reinterpret_cast<const __m256i*>(tile + row * 64);
     return {_mm256_load_si256(p), _mm256_load_si256(p + 1)};
   }
-  static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
-    if (fp16)
+  static SPARAMX_INLINE __m256 Int8Scales(const uint8_t* p, const uint8_t* columns) {
+    const __m256i numbers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(numbers), _mm256_loadu_ps(reinterpret_cast<const float*>(columns)));
+  }
+  static SPARAMX_INLINE Vec Scales(const uint8_t* p, ScaleType type, const uint8_t* columns) {
+    if (type == ScaleType::kInt8) return {Int8Scales(p, columns), Int8Scales(p + 8, columns + 32)};
+    if (type == ScaleType::kFp16)
       return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
               _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
     return {_mm256_loadu_ps(reinterpret_cast<const float*>(p)), _mm256_loadu_ps(reinterpret_cast<const float*>(p) + 8)};

@@ -21,8 +21,12 @@ struct Avx512Integer : Avx512Base {
   static SPARAMX_INLINE IntVec LoadInts(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static SPARAMX_INLINE IntVec AddInt(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
   static SPARAMX_INLINE IntVec Settled(IntVec sum) { return sum; }
-  static SPARAMX_INLINE Vec Scales(const uint8_t* p, bool fp16) {
-    if (fp16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  static SPARAMX_INLINE Vec Scales(const uint8_t* p, ScaleType type, const uint8_t* columns) {
+    if (type == ScaleType::kInt8) {
+      const __m512i numbers = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      return _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), _mm512_loadu_ps(columns));
+    }
+    if (type == ScaleType::kFp16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_loadu_ps(p);
   }
   static SPARAMX_INLINE Vec Flush(Vec sum, IntVec ints, Vec scales, float x_scale) {

@@ -17,7 +17,7 @@
 //   Settled(sum)               called after 8 rows or a segment: a level may add up in 16 bits first
 //   AddInt, ZeroInt
 //   LoadInts(p)                16 integers as stored
-//   Scales(p, fp16)            16 weight scales
+//   Scales(p, type, columns)   16 weight scales, of int8 times the 16 scales of columns
 //   Flush(sum, ints, scales, x_scale)  sum + ints * scales * x_scale
 //
 // Products are summed as integers over a segment (a run of 512 for int8, a group for int4; both stay below 2^24, so the
@@ -34,13 +34,14 @@ namespace sparamx {
 namespace {
 
 constexpr size_t kQuantizedTileBytes = kTileRows * kTileRowBytes;
-constexpr size_t kScalesAhead = 1024;  // bytes that scales are asked for ahead: 16 tiles of groups of 32 and fp16
+constexpr size_t kScalesAhead = 1024;  // bytes that scales are asked for ahead: 32 tiles of groups of 32 and int8
 
 // What a micro-kernel needs to know of segments and scales.
 struct Segments {
   size_t tiles;       // of a segment, where it spans whole tiles
   size_t scale_step;  // scale groups per segment: 1 for int4, 0 for int8, whose one scale serves all
-  bool fp16;
+  ScaleType scale_type;
+  size_t scale_bytes;  // of a strip and a segment
   QuantizedRowLayout layout;
 };
 
@@ -49,12 +50,18 @@ SPARAMX_INLINE Segments SegmentsOf(const PackedView& w) {
   s.layout = QuantizedLayout(w);
   s.tiles = s.layout.segment_k < 64 ? 1 : s.layout.segment_k / 64;
   s.scale_step = w.group_size == 0 ? 0 : 1;
-  s.fp16 = w.scale_type == ScaleType::kFp16;
+  s.scale_type = w.scale_type;
+  s.scale_bytes = s.scale_step * kStripColumns * ScaleBytes(w.scale_type);
   return s;
 }
 
 SPARAMX_INLINE const uint8_t* ScalesOf(const PackedView& w, size_t strip, size_t group) {
-  return w.scales + (strip * w.groups + group) * kStripColumns * (w.scale_type == ScaleType::kFp16 ? 2 : 4);
+  return w.scales + (strip * w.groups + group) * kStripColumns * ScaleBytes(w.scale_type);
+}
+
+// Null unless scales are int8.
+SPARAMX_INLINE const uint8_t* ColumnScalesOf(const PackedView& w, size_t strip) {
+  return w.scale_type == ScaleType::kInt8 ? w.column_scales + strip * kStripColumns * sizeof(float) : nullptr;
 }
 
 SPARAMX_INLINE float LoadFloat(const uint8_t* p) {
@@ -108,7 +115,7 @@ SPARAMX_INLINE typename Isa::Vec FirstSum(const MatMulJob& job, const Segments& 
   if (w.sums == nullptr || job.first_run != 0) return Isa::Zero();
   const float offset = LoadFloat(static_cast<const uint8_t*>(job.x) + m * job.x_row_bytes + segments.layout.offset_at);
   return Isa::Flush(Isa::Zero(), Isa::LoadInts(w.sums + strip * kStripColumns * 4),
-                    Isa::Scales(ScalesOf(w, strip, 0), false), offset);
+                    Isa::Scales(ScalesOf(w, strip, 0), ScaleType::kFp32, nullptr), offset);
 }
 
 // Rows x Strips outputs over some tiles, which are whole segments or the last of K. SegmentRows: tile rows of a
@@ -125,8 +132,9 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
   const uint8_t* corrections = x + layout.corrections_at + first_segment * 4;
   const uint8_t* x_scales = x + layout.scales_at + first_segment * segments.scale_step * 4;
   const uint8_t* scales = ScalesOf(w, strip, first_segment * segments.scale_step);
-  const size_t scale_bytes = segments.scale_step * kStripColumns * (segments.fp16 ? 2 : 4);
-  const size_t strip_scale_bytes = w.groups * kStripColumns * (segments.fp16 ? 2 : 4);
+  const uint8_t* column_scales[Strips];
+  for (size_t s = 0; s < Strips; ++s) column_scales[s] = ColumnScalesOf(w, strip + s);
+  const size_t strip_scale_bytes = w.groups * kStripColumns * ScaleBytes(segments.scale_type);
   size_t segments_left = layout.segments - first_segment, tiles_left = segments.tiles;
   typename Isa::IntVec ints[Rows][Strips][kChains];
   // Sums of a segment begin with its correction.
@@ -165,7 +173,8 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
       }
       if (SegmentRows == 16 && --tiles_left != 0 && tile + 1 < last) continue;
       typename Isa::Vec weight_scales[Strips];
-      for (int s = 0; s < Strips; ++s) weight_scales[s] = Isa::Scales(scales + s * strip_scale_bytes, segments.fp16);
+      for (int s = 0; s < Strips; ++s)
+        weight_scales[s] = Isa::Scales(scales + s * strip_scale_bytes, segments.scale_type, column_scales[s]);
 #pragma GCC unroll 16
       for (int m = 0; m < Rows; ++m) {
         const float x_scale = LoadFloat(x_scales + m * x_row_bytes);
@@ -179,7 +188,7 @@ SPARAMX_INLINE void MultiplyTiles(const MatMulJob& job, const Segments& segments
       tiles_left = segments.tiles;
       corrections += 4;
       x_scales += segments.scale_step * 4;
-      scales += scale_bytes;
+      scales += segments.scale_bytes;
       begin_segment();
     }
     codes += 64;

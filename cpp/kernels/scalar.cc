@@ -100,7 +100,10 @@ void ExpandNumbers(bool sparse, Cursor* cursor, int8_t* out) {
   if (sparse) cursor->masks += 128;
 }
 
-float ScaleAt(const PackedView& w, const uint8_t* scales, size_t column) {
+float ScaleAt(const PackedView& w, size_t strip, size_t group, size_t column) {
+  const uint8_t* scales = ScalesOf(w, strip, group);
+  if (w.scale_type == ScaleType::kInt8)
+    return static_cast<float>(static_cast<int8_t>(scales[column])) * LoadFloat(ColumnScalesOf(w, strip) + 4 * column);
   if (w.scale_type == ScaleType::kFp32) return LoadFloat(scales + 4 * column);
   uint16_t half;
   __builtin_memcpy(&half, scales + 2 * column, sizeof half);
@@ -108,12 +111,12 @@ float ScaleAt(const PackedView& w, const uint8_t* scales, size_t column) {
 }
 
 // sums[16] += scaled integer sums of one segment: numbers [segment K / 4][16][4] with codes [segment K].
-void AddSegment(const int8_t* numbers, const int8_t* codes, size_t segment_k, const PackedView& w,
-                const uint8_t* scales, float x_scale, float* sums) {
+void AddSegment(const int8_t* numbers, const int8_t* codes, size_t segment_k, const PackedView& w, size_t strip,
+                size_t group, float x_scale, float* sums) {
   for (size_t c = 0; c < 16; ++c) {
     int32_t sum = 0;
     for (size_t k = 0; k < segment_k; ++k) sum += numbers[k / 4 * 64 + c * 4 + k % 4] * codes[k];
-    sums[c] += static_cast<float>(sum) * (ScaleAt(w, scales, c) * x_scale);
+    sums[c] += static_cast<float>(sum) * (ScaleAt(w, strip, group, c) * x_scale);
   }
 }
 
@@ -121,7 +124,7 @@ void AddSegment(const int8_t* numbers, const int8_t* codes, size_t segment_k, co
 void AddOffset(const PackedView& w, size_t strip, float offset, float* sums) {
   for (size_t c = 0; c < 16; ++c) {
     const auto weight_sum = static_cast<float>(LoadInt(w.sums + (strip * kStripColumns + c) * 4));
-    sums[c] += weight_sum * (ScaleAt(w, ScalesOf(w, strip, 0), c) * offset);
+    sums[c] += weight_sum * (ScaleAt(w, strip, 0, c) * offset);
   }
 }
 
@@ -148,7 +151,7 @@ void MultiplyQuantizedScalar(const MatMulJob& job) {
         for (size_t k = 0; k < tiles * 64 && run * kRunK + k < w.k; k += layout.segment_k) {
           const size_t group = Int4 ? (run * kRunK + k) / w.group_size : 0;
           AddSegment(numbers + k * 16, reinterpret_cast<const int8_t*>(row) + run * kRunK + k,
-                     Min(layout.segment_k, tiles * 64 - k), w, ScalesOf(w, strip, group),
+                     Min(layout.segment_k, tiles * 64 - k), w, strip, group,
                      LoadFloat(row + layout.scales_at + 4 * group), sums);
         }
         __builtin_memcpy(y + m * job.y_stride, sums, bytes);

@@ -138,7 +138,8 @@ PackedView Columns(const PackedView& whole, size_t first_strip, uint64_t columns
   } else {
     w.values += ValueBytes(w.type, first_tile * TileWeights(w.type));
   }
-  if (w.groups != 0) w.scales += first_strip * w.groups * kStripColumns * (w.scale_type == ScaleType::kFp16 ? 2 : 4);
+  if (w.groups != 0) w.scales += first_strip * w.groups * kStripColumns * ScaleBytes(w.scale_type);
+  if (w.column_scales != nullptr) w.column_scales += first_strip * kStripColumns * sizeof(float);
   if (w.sums != nullptr) w.sums += first_strip * kStripColumns * sizeof(int32_t);
   return w;
 }

@@ -231,8 +231,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 )
 @click.option(
     "--scale-type",
-    type=click.Choice(["fp16", "fp32"]),
-    help="For int4: type of the scales; fp32 only helps where weights are beyond fp16's range.  [default: fp16]",
+    type=click.Choice(["int8", "fp16", "fp32"]),
+    help="For int4: type of the scales. int8 scales are multiples of one fp32 number per output; fp16 ones keep weights"
+    " that are 4-bit numbers already, fp32 ones also huge weights.  [default: int8]",
 )
 @click.option(
     "--include",

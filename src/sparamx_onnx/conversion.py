@@ -127,7 +127,7 @@ def convert(
             that are quantized already keep their int8 or int4 codes.
         group_size: Only for ``int4``: weights along K that share a scale, one of 16, 32, 64, 128 and 256; 32 if None.
             Smaller groups are more accurate and larger.
-        scale_type: Only for ``int4``: type of the scales, ``fp16`` (if None) or ``fp32``.
+        scale_type: Only for ``int4``: type of the scales, ``int8`` (if None), ``fp16`` or ``fp32``.
         include: Regular expressions; if any are given, only layers are converted in whose node's, weight's or module's
             name one of them is found. What pruning spares, such as an output layer, is pruned if it is named here.
         exclude: Regular expressions, likewise; layers, and attention operators, that are found are left alone.

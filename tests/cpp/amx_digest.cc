@@ -41,6 +41,9 @@ constexpr Matrix kMatrices[] = {
     {"int4 group 32 fp32", 1031, 161, WeightType::kInt4, Form::kDense, 32, ScaleType::kFp32},
     {"int4 group 64 fp32", 300, 80, WeightType::kInt4, Form::kSparse, 64, ScaleType::kFp32},
     {"int4 group 128 fp16", 1031, 161, WeightType::kInt4, Form::kSparse, 128, ScaleType::kFp16},
+    {"int4 group 16 int8", 300, 80, WeightType::kInt4, Form::kSparse, 16, ScaleType::kInt8},
+    {"int4 group 32 int8", 1031, 161, WeightType::kInt4, Form::kSparse, 32, ScaleType::kInt8},
+    {"int4 group 128 int8", 1031, 161, WeightType::kInt4, Form::kDense, 128, ScaleType::kInt8},
     {"int4 group 256 fp16", 20000, 17, WeightType::kInt4, Form::kSparse, 256, ScaleType::kFp16},
 };
 constexpr size_t kRows[] = {1, 5, 16, 17, 33, 64, 70};

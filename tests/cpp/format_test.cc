@@ -38,7 +38,7 @@ std::vector<PackOptions> AllOptions() {
   all[0].type = WeightType::kFp32;
   all[1].type = WeightType::kBf16;
   all[2].type = WeightType::kInt8;
-  for (const ScaleType scale_type : {ScaleType::kFp16, ScaleType::kFp32}) {
+  for (const ScaleType scale_type : {ScaleType::kInt8, ScaleType::kFp16, ScaleType::kFp32}) {
     for (const uint32_t group_size : kGroupSizes) {
       PackOptions options;
       options.type = WeightType::kInt4;
@@ -336,24 +336,34 @@ TEST(Format, FieldsThatNoReaderMayIgnore) {
 }
 
 TEST(Format, ScalesAndGroupsMustFitTheWeightType) {
-  const auto code_with = [](WeightType type, uint8_t scale_type, uint32_t group_size) {
-    Blob changed = MustPack(RandomWeights({70, 40}, 0.5, 8), {70, 40}, type, Form::kSparse);
+  const auto code_with = [](WeightType type, uint8_t scale_type, uint32_t group_size,
+                            ScaleType packed = ScaleType::kNone) {
+    const std::vector<float> w = RandomWeights({70, 40}, 0.5, 8);
+    PackOptions options;
+    options.type = type;
+    options.form = Form::kSparse;
+    options.scale_type = packed;
+    Blob changed = MustPack(RowMajor(w, {70, 40}), options);
     changed[offsetof(internal::Header, scale_type)] = scale_type;
     std::memcpy(changed.data() + offsetof(internal::Header, group_size), &group_size, sizeof group_size);
     PackedView view = {};
     return Parse(changed.data(), changed.size(), &view).code;
   };
   EXPECT_EQ(code_with(WeightType::kInt8, 2, 0), StatusCode::kOk);
-  EXPECT_EQ(code_with(WeightType::kInt4, 1, 32), StatusCode::kOk);
+  EXPECT_EQ(code_with(WeightType::kInt4, 3, 32), StatusCode::kOk);
+  EXPECT_EQ(code_with(WeightType::kInt4, 1, 32, ScaleType::kFp16), StatusCode::kOk);
   EXPECT_EQ(code_with(WeightType::kBf16, 2, 0), StatusCode::kDamaged);
   EXPECT_EQ(code_with(WeightType::kFp32, 0, 32), StatusCode::kDamaged);
   EXPECT_EQ(code_with(WeightType::kInt8, 1, 0), StatusCode::kDamaged);
   EXPECT_EQ(code_with(WeightType::kInt8, 2, 32), StatusCode::kDamaged);
   EXPECT_EQ(code_with(WeightType::kInt4, 0, 32), StatusCode::kDamaged);
-  EXPECT_EQ(code_with(WeightType::kInt4, 3, 32), StatusCode::kDamaged);
-  EXPECT_EQ(code_with(WeightType::kInt4, 2, 32), StatusCode::kDamaged);  // the section is too small for them
+  EXPECT_EQ(code_with(WeightType::kInt4, 4, 32), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kInt8, 3, 0), StatusCode::kDamaged);
+  EXPECT_EQ(code_with(WeightType::kInt4, 2, 32, ScaleType::kFp16), StatusCode::kDamaged);  // the section is too small
+  EXPECT_EQ(code_with(WeightType::kInt4, 3, 32, ScaleType::kFp16), StatusCode::kDamaged);  // no scales of columns
+  EXPECT_EQ(code_with(WeightType::kInt4, 1, 32), StatusCode::kDamaged);
   for (const uint32_t group_size : {0u, 1u, 8u, 16u, 48u, 64u, 512u, 0x80000020u})
-    EXPECT_EQ(code_with(WeightType::kInt4, 1, group_size), StatusCode::kDamaged) << group_size;
+    EXPECT_EQ(code_with(WeightType::kInt4, 3, group_size), StatusCode::kDamaged) << group_size;
 }
 
 TEST(Format, WeightsThatCannotBeQuantizedAreRefused) {
@@ -371,10 +381,51 @@ TEST(Format, WeightsThatCannotBeQuantizedAreRefused) {
   const std::vector<float> large(64 * 3, 1e6f);
   PackOptions options;
   options.type = WeightType::kInt4;
+  options.scale_type = ScaleType::kFp16;
   uint64_t size = 0;
   EXPECT_EQ(PackedSize(RowMajor(large, {64, 3}), options, &size).code, StatusCode::kInvalidArgument);
   options.scale_type = ScaleType::kFp32;
   EXPECT_EQ(MustUnpack(MustPack(RowMajor(large, {64, 3}), options)), large);
+}
+
+TEST(Format, Int8ScalesAreMultiplesOfTheirColumns) {
+  // Groups of 16 whose weights shrink along K: by halves down to 2^-9 of the column's largest, and denormal ones.
+  const Shape shape = {160, 3};
+  std::vector<float> w(shape.k * shape.n);
+  for (uint64_t k = 0; k < shape.k; ++k) {
+    const auto code = static_cast<float>(static_cast<int>(k % 16) - 8);
+    w[k * shape.n] = std::ldexp(code, -static_cast<int>(k / 16));
+    w[k * shape.n + 1] = std::ldexp(code, -148);
+    w[k * shape.n + 2] = code * 1e37f;
+  }
+  PackOptions options;
+  options.type = WeightType::kInt4;
+  options.group_size = 16;
+  const Blob blob = MustPack(RowMajor(w, shape), options);
+  PackedView view = {};
+  ASSERT_TRUE(Parse(blob.data(), blob.size(), &view).ok());
+  EXPECT_EQ(view.scale_type, ScaleType::kInt8);
+  const std::vector<float> stored = MustUnpack(blob);
+  for (uint64_t k = 0; k < shape.k; ++k) {
+    // Of 105 steps that the largest group's scale has, half a one may be missing, for codes of up to 8; never all.
+    const float group = std::ldexp(1.0f, -static_cast<int>(k / 16));
+    EXPECT_NEAR(stored[k * 3], w[k * 3], std::max(8 * 0.5f / 105, group * 0.5f)) << k;
+    EXPECT_TRUE(k % 16 != 0 || stored[k * 3] < 0.0f) << k;
+    EXPECT_EQ(stored[k * 3 + 1], 0.0f);  // too small for a normal scale
+    EXPECT_NEAR(stored[k * 3 + 2], w[k * 3 + 2], 1e31f);
+  }
+  for (uint64_t k = 0; k < 16; ++k) EXPECT_EQ(stored[k * 3], w[k * 3]);  // the largest group's scale is exact
+}
+
+TEST(Format, GivenScalesAreNeverInt8) {
+  const std::vector<float> w(64 * 3, 1.0f), scales(2 * 3, 0.5f);
+  PackOptions options;
+  options.type = WeightType::kInt4;
+  options.scales = scales.data();
+  uint64_t size = 0;
+  EXPECT_TRUE(PackedSize(RowMajor(w, {64, 3}), options, &size).ok());
+  options.scale_type = ScaleType::kInt8;
+  EXPECT_EQ(PackedSize(RowMajor(w, {64, 3}), options, &size).code, StatusCode::kInvalidArgument);
 }
 
 TEST(Format, EveryTruncationIsRefused) {

@@ -258,7 +258,7 @@ TEST(MatMul, EveryLevelAgreesWithDoublePrecision) {
     c.type = static_cast<WeightType>(random() % kWeightTypes);
     if (c.type == WeightType::kInt4) {
       c.group_size = static_cast<uint32_t>(pick({16, 32, 64, 128, 256}));
-      c.scale_type = random() % 2 ? ScaleType::kFp16 : ScaleType::kFp32;
+      c.scale_type = static_cast<ScaleType>(pick({1, 2, 3}));
     }
     c.form = random() % 4 ? Form::kSparse : Form::kDense;
     c.epilogue = static_cast<Epilogue>(random() % kEpilogues);

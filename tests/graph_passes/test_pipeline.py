@@ -64,10 +64,10 @@ def test_defaults() -> None:
 
 def test_defaults_of_int4() -> None:
     options = ConvertOptions(weights="int4")
-    assert (options.group_size, options.scale_type) == (32, "fp16")
+    assert (options.group_size, options.scale_type) == (32, "int8")
     assert options.to_json()["group_size"] == 32
-    assert options.to_json()["scale_type"] == "fp16"
-    assert options.pack_options == PackOptions(WeightType.INT4, scale_type=ScaleType.FP16, group_size=32)
+    assert options.to_json()["scale_type"] == "int8"
+    assert options.pack_options == PackOptions(WeightType.INT4, scale_type=ScaleType.INT8, group_size=32)
     assert ConvertOptions(weights="int8").pack_options == PackOptions(WeightType.INT8)
 
 
@@ -83,8 +83,8 @@ def test_defaults_of_int4() -> None:
         ({"weights": "int8", "scale_type": "fp16"}, "Only int4 weights take a scale type, not int8 weights"),
         ({"weights": "int4", "group_size": 48}, "group size must be one of 16, 32, 64, 128, 256, not 48"),
         ({"weights": "int4", "group_size": 0}, "not 0"),
-        ({"weights": "int4", "scale_type": "bf16"}, "scale type must be one of fp16, fp32, not 'bf16'"),
-        ({"weights": "int4", "scale_type": "none"}, "int4 weights need scales; there are fp16 and fp32"),
+        ({"weights": "int4", "scale_type": "bf16"}, "scale type must be one of int8, fp16, fp32, not 'bf16'"),
+        ({"weights": "int4", "scale_type": "none"}, "int4 weights need scales; there are int8, fp16 and fp32"),
         ({"weights": "fp64"}, "weights must be one of fp32, bf16, int8, int4, not 'fp64'"),
         ({"attention": "slow"}, "attention must be one of keep, fast, packed, not 'slow'"),
         ({"sparsity": 0.5}, "method auto keeps the weights as they are, so it takes no sparsity"),
@@ -154,7 +154,7 @@ def test_quantized_weights(workbench, make_model, sparse, options, method) -> No
         wanted = prune_magnitude(matrix, 0.5) if method == "magnitude" else matrix
         assert not packing.unpack(blobs[plan.packed])[wanted == 0].any()
     if options["weights"] == "int4":
-        expected = (options.get("group_size", 32), options.get("scale_type", "fp16"))
+        expected = (options.get("group_size", 32), options.get("scale_type", "int8"))
         assert (info.group_size, info.scale_type) == expected
     again = run(ir.load(converted.path), ConvertOptions())
     assert [(n.weight_type, n.group_size) for n in again] == [(n.weight_type, n.group_size) for n in converted.plan]

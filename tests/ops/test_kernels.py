@@ -40,10 +40,10 @@ def _path_of(level: str, weight_type: WeightType) -> str:
 
 
 def _options(weight_type: WeightType, form: Form = Form.AUTO, index: int = 0) -> PackOptions:
-    """For int4, every group size with both types of scales in turn."""
+    """For int4, every group size and type of scales in turn."""
     if weight_type is not WeightType.INT4:
         return PackOptions(weight_type, form)
-    scale_type = (ScaleType.FP16, ScaleType.FP32)[index % 2]
+    scale_type = (ScaleType.FP16, ScaleType.FP32, ScaleType.INT8)[index % 3]
     return PackOptions(weight_type, form, scale_type, GROUP_SIZES[index % len(GROUP_SIZES)])
 
 

@@ -18,7 +18,7 @@ QUANTIZED = [
     PackOptions(WeightType.INT8),
     *(
         PackOptions(WeightType.INT4, scale_type=scale_type, group_size=group_size)
-        for scale_type in (ScaleType.FP16, ScaleType.FP32)
+        for scale_type in (ScaleType.INT8, ScaleType.FP16, ScaleType.FP32)
         for group_size in GROUP_SIZES
     ),
 ]
@@ -106,6 +106,11 @@ def test_int4_scales_are_at_least_as_good_as_the_usual_one(cases, options: PackO
         scales = largest / np.float32(-8)
         if options.scale_type is ScaleType.FP16:
             scales = scales.astype(np.float16).astype(np.float32)
+        elif options.scale_type is ScaleType.INT8:
+            columns = np.abs(case.w).max(axis=0) / np.float32(840)
+            numbers = np.rint(scales / np.where(columns == 0, 1, columns))
+            numbers = np.where(numbers == 0, np.sign(scales), numbers)
+            scales = (numbers * columns).astype(np.float32)
         usual = groups - _quantized_by(groups, np.broadcast_to(scales, groups.shape), -8, 7)
         stored = groups - _groups(packing.unpack(packing.pack(case.w, options)), options.group_size)
         magnitudes = np.abs(groups).astype(np.float64)
@@ -130,9 +135,25 @@ def test_weights_that_cannot_be_quantized(weight_type: WeightType) -> None:
 def test_weights_beyond_fp16_scales() -> None:
     w = np.linspace(-1e6, 1e6, 64 * 5, dtype=np.float32).reshape(64, 5)
     with pytest.raises(SparamxError, match="take fp32 scales"):
-        packing.pack(w, PackOptions(WeightType.INT4))
-    stored = packing.unpack(packing.pack(w, PackOptions(WeightType.INT4, scale_type=ScaleType.FP32)))
-    np.testing.assert_allclose(stored, w, atol=1e6 / 7)
+        packing.pack(w, PackOptions(WeightType.INT4, scale_type=ScaleType.FP16))
+    for scale_type in (ScaleType.INT8, ScaleType.FP32):
+        stored = packing.unpack(packing.pack(w, PackOptions(WeightType.INT4, scale_type=scale_type)))
+        np.testing.assert_allclose(stored, w, atol=1e6 / 7)
+
+
+def test_int8_scales_are_as_accurate_as_fp16_ones_with_fewer_bytes(weight) -> None:
+    rng = np.random.default_rng(8)
+    for sparsity, spread in ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0)):
+        w = weight(rng, 2048, 160, sparsity, holes=False) * np.exp(spread * rng.standard_normal((2048, 1)))
+        w = w.astype(np.float32)
+        errors, sizes = {}, {}
+        for scale_type in (ScaleType.INT8, ScaleType.FP16):
+            blob = packing.pack(w, PackOptions(WeightType.INT4, Form.SPARSE, scale_type))
+            errors[scale_type] = ((packing.unpack(blob) - w).astype(np.float64) ** 2).sum()
+            sizes[scale_type] = blob.size
+        assert errors[ScaleType.INT8] <= 1.01 * errors[ScaleType.FP16]
+        saved = 2048 * 160 / 32 - 160 * 4
+        assert abs(sizes[ScaleType.FP16] - sizes[ScaleType.INT8] - saved) < 0.02 * saved
 
 
 @pytest.mark.parametrize("weight_type", TYPES)
@@ -308,7 +329,11 @@ def _codes(options: PackOptions, shape: tuple[int, int], seed: int) -> tuple[np.
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("options", QUANTIZED, ids=lambda o: f"{o.weight_type}-{o.scale_type}-{o.group_size}")
+@pytest.mark.parametrize(
+    "options",
+    [options for options in QUANTIZED if options.scale_type is not ScaleType.INT8],
+    ids=lambda o: f"{o.weight_type}-{o.scale_type}-{o.group_size}",
+)
 def test_given_scales_keep_every_code(options: PackOptions, form: Form) -> None:
     options = dataclasses.replace(options, form=form)
     for seed, (k, n) in enumerate([(1, 1), (70, 45), (256, 32), (700, 19)]):
