@@ -202,7 +202,7 @@ struct Avx2Integer : Avx2Base {
 #pragma GCC unroll 2
     for (size_t row = 0; row < 8; ++row) {
       uint8_t* to = out + 64 * row;
-      if (row % 2 == 0) Prefetch(values + kPrefetchBytes);
+      if (!Sparse || row % 2 == 0) Prefetch(values + kPrefetchBytes);
       if (!Sparse) {
         for (size_t i = 0; i < 64; i += 16)
           _mm_store_si128(reinterpret_cast<__m128i*>(to + i), Finished<code>(ZeroBased<code>(values + i)));

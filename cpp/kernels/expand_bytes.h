@@ -99,7 +99,7 @@ class ByteStream {
       cursor_.values = tile_;
     }
     const uint8_t* values = cursor_.values;
-    if (Int4 ? row < 8 : row % 2 == 0) Prefetch(values + kPrefetchBytes);
+    if (Int4 ? row < 8 : !Sparse || row % 2 == 0) Prefetch(values + kPrefetchBytes);
     __m512i codes;
     if (Sparse) {
       const uint64_t mask = LoadU64(cursor_.masks);

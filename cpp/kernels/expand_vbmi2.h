@@ -56,7 +56,11 @@ SPARAMX_INLINE __m512i Nibbles(__m512i bytes) {
 // lower eight rows are the high halves of the bytes whose low halves are the upper eight.
 //
 // A row of 64 sparse codes: kmovq (port 5), vpexpandb (2 x port 5), popcnt; of 4 bits vgf2p8affineqb (port 0) more.
-template <bool Int4, bool Sparse, CodeForm Form = CodeForm::kStored>
+//
+// Of 8-bit codes, Ahead says how far ahead they are asked for, and EveryRow whether at every row or, as suits rows of
+// half a line, at every second one.
+template <bool Int4, bool Sparse, CodeForm Form = CodeForm::kStored, size_t Ahead = kPrefetchBytes,
+          bool EveryRow = !Sparse>
 class CodeStream {
  public:
   explicit CodeStream(const Cursor& start) : cursor_(start) {}
@@ -79,7 +83,7 @@ class CodeStream {
     if (Int4 && Sparse && is_small_) {
       if (row < 8 && row % 2 == 0) Prefetch(tile_ + kValuesAhead + row * 32);
       if (row == 7) Prefetch(tile_ + kValuesAhead + 256);
-    } else if (Int4 ? row < 8 : row % 2 == 0) {
+    } else if (Int4 ? row < 8 : EveryRow || row % 2 == 0) {
       Prefetch(values + kValuesAhead);
     }
     __m512i codes = _mm512_loadu_si512(values);
@@ -106,8 +110,8 @@ class CodeStream {
  private:
   static_assert(Int4 || Form == CodeForm::kStored, "8-bit codes come as stored");
   // A 4-bit tile has fewer bytes and takes less time, so what is asked for in time lies further ahead (12 tiles).
-  static constexpr size_t kValuesAhead = Int4 ? kPrefetchBytes * 3 / 2 : kPrefetchBytes;
-  static constexpr size_t kMasksAhead = Int4 ? kPrefetchBytes * 3 / 4 : kPrefetchBytes / 4;
+  static constexpr size_t kValuesAhead = Int4 ? kPrefetchBytes * 3 / 2 : Ahead;
+  static constexpr size_t kMasksAhead = Int4 ? kPrefetchBytes * 3 / 4 : Ahead / 4;
 
   // Up to so many bytes of 4-bit codes, five lines are asked for at every tile; of larger ones, one at every row, some
   // twice. What a tile takes is known when it has been read: the next ones are about as large.
@@ -120,9 +124,10 @@ class CodeStream {
 };
 
 // A tile of such rows in memory.
-template <bool Int4, bool Sparse, CodeForm Form = CodeForm::kStored>
+template <bool Int4, bool Sparse, CodeForm Form = CodeForm::kStored, size_t Ahead = kPrefetchBytes,
+          bool EveryRow = !Sparse>
 SPARAMX_INLINE void ExpandCodes(Cursor* cursor, uint8_t* out) {
-  CodeStream<Int4, Sparse, Form> stream(*cursor);
+  CodeStream<Int4, Sparse, Form, Ahead, EveryRow> stream(*cursor);
   stream.BeginTile();
 #pragma GCC unroll 16
   for (int row = 0; row < 16; ++row) _mm512_store_si512(out + row * 64, stream.Row(row));

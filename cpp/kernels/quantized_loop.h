@@ -254,13 +254,28 @@ void QuantizedBlock(const MatMulJob& job, const Segments& segments, size_t strip
       Isa::Store(y + m * job.y_stride + s * kStripColumns, ColumnsOf(*job.weights, strip + s), sums[m][s]);
 }
 
-template <class Isa, int SegmentRows, int Strips, int Rows = Isa::kBlockRows>
-SPARAMX_INLINE void QuantizedBlocks(const MatMulJob& job, const Segments& segments, size_t strip, size_t m,
-                                    size_t first, size_t last, bool begin, const uint8_t* panel) {
-  if constexpr (Rows > 0) {
-    for (; job.rows - m >= Rows; m += Rows)
-      QuantizedBlock<Isa, SegmentRows, Strips, Rows>(job, segments, strip, m, first, last, begin, panel);
-    QuantizedBlocks<Isa, SegmentRows, Strips, Rows / 2>(job, segments, strip, m, first, last, begin, panel);
+// The block of `rows` rows, Least <= rows <= Rows.
+template <class Isa, int SegmentRows, int Strips, int Least, int Rows = Isa::kBlockRows>
+SPARAMX_INLINE void AnyQuantizedBlock(size_t rows, const MatMulJob& job, const Segments& segments, size_t strip,
+                                      size_t m, size_t first, size_t last, bool begin, const uint8_t* panel) {
+  if constexpr (Rows > Least) {
+    if (rows < Rows)
+      return AnyQuantizedBlock<Isa, SegmentRows, Strips, Least, Rows - 1>(rows, job, segments, strip, m, first, last,
+                                                                          begin, panel);
+  }
+  QuantizedBlock<Isa, SegmentRows, Strips, Rows>(job, segments, strip, m, first, last, begin, panel);
+}
+
+// All rows in blocks as equal as can be, as Blocks in strip_loop.h.
+template <class Isa, int SegmentRows, int Strips>
+SPARAMX_INLINE void QuantizedBlocks(const MatMulJob& job, const Segments& segments, size_t strip, size_t first,
+                                    size_t last, bool begin, const uint8_t* panel) {
+  constexpr size_t kLeast = Min(Isa::kDirectRows + 1, (Isa::kBlockRows + 1) / 2);
+  size_t m = 0;
+  for (size_t blocks = CeilDiv(job.rows, Isa::kBlockRows); blocks > 0; --blocks) {
+    const size_t rows = CeilDiv(job.rows - m, blocks);
+    AnyQuantizedBlock<Isa, SegmentRows, Strips, kLeast>(rows, job, segments, strip, m, first, last, begin, panel);
+    m += rows;
   }
 }
 
@@ -278,7 +293,7 @@ void PanelQuantizedStrips(const MatMulJob& job, size_t strip, uint8_t* panel) {
       for (size_t t = 0; t < last - first; ++t)
         Isa::template Expand<Int4, Sparse>(&cursors[s], panel + (s * kTiles + t) * kQuantizedTileBytes);
     }
-    QuantizedBlocks<Isa, SegmentRows, Strips>(job, segments, strip, 0, first, last, run == job.first_run, panel);
+    QuantizedBlocks<Isa, SegmentRows, Strips>(job, segments, strip, first, last, run == job.first_run, panel);
   }
   FinishStrips(job, strip, Strips);
 }

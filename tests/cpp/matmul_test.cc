@@ -212,9 +212,8 @@ std::vector<float> Multiply(const Case& c, const Problem& p, const char* isa, un
 std::string ExpectedPath(const std::string& level, WeightType type) {
   if (level == "scalar" || level == "avx2") return level;
   if (type == WeightType::kFp32) return "avx512";
-  // What was new in VNNI says nothing to bf16, and what was new in BF16 nothing to integers.
-  if (type == WeightType::kBf16) return level == "avx512_vnni" ? "avx512" : level;
-  return level == "avx512_bf16" ? "avx512_vbmi2" : level;
+  // What was new in VNNI says nothing to bf16.
+  return type == WeightType::kBf16 && level == "avx512_vnni" ? "avx512" : level;
 }
 
 // AMX multiplies int4 weights as bf16 numbers where there are more than 23 rows.

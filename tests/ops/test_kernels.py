@@ -30,8 +30,8 @@ SLOPE = 1.13
 _PATHS = {
     WeightType.FP32: dict.fromkeys(("avx512_vnni", "avx512_vbmi2", "avx512_bf16", "amx"), "avx512"),
     WeightType.BF16: {"avx512_vnni": "avx512"},
-    WeightType.INT8: {"avx512_bf16": "avx512_vbmi2"},
-    WeightType.INT4: {"avx512_bf16": "avx512_vbmi2"},
+    WeightType.INT8: {},
+    WeightType.INT4: {},
 }
 
 
