@@ -8,7 +8,7 @@ The models are made once, in --folder (about 17 GB; ONNX Runtime's 4-bit quantiz
   its quantizer (which itself takes more than 18 GB of memory for this one);
 - nbits: ONNX Runtime's 4-bit form of it, MatMulNBits for every linear layer, groups of 32, accuracy level 4;
 - bf16, int8, int4: what `sparamx-onnx convert --attention fast` makes of it;
-- int4-g64: int4 with `--group-size 64`: a quarter of a bit of scale a weight, not half a bit;
+- int4-g64: int4 with `--group-size 64`: an eighth of a bit of scale a weight, not a quarter;
 - int4-packed: int4 with `--attention packed`;
 - int4-huge: int4 in a process with SPARAMX_HUGE_PAGES=1, whose weights are its own, as llama.cpp's are.
 

@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def find(cells: Iterable[Cell], **wanted: Any) -> Cell | None:
     return next((cell for cell in cells if all(cell[key] == value for key, value in wanted.items())), None)
 
 
-def peers() -> str:
+def peers(document: str = "models") -> str:
     """Milliseconds a layer of every engine."""
-    cells = [cell for cell in load("models")["cells"] if cell["sparsity"] == 0.5]
+    cells = [cell for cell in load(document)["cells"] if cell["sparsity"] == 0.5]
     rows = []
     for engine, name in ENGINE_NAMES.items():
         times = [seconds(cell, engine) for cell in cells]
@@ -110,9 +111,9 @@ TARGETS: list[tuple[list[int], float, str, str, float]] = [
 ]
 
 
-def targets() -> str:
+def targets(document: str = "models") -> str:
     """The targets, what was seen, and whether that is enough."""
-    cells = load("models")["cells"]
+    cells = load(document)["cells"]
     rows = []
     for ms, sparsity, kind, against, least in TARGETS:
         for m in ms:
@@ -128,9 +129,9 @@ def targets() -> str:
     return table(["M", "zeros", "packed", "against", "at least", "seen", ""], rows)
 
 
-def model_streaming() -> str:
+def model_streaming(document: str = "models") -> str:
     """Share of the streaming loops' bandwidth, of whole models."""
-    cells = [cell for cell in load("models")["cells"] if cell["streams"] and cell["sparsity"] == 0.5]
+    cells = [cell for cell in load(document)["cells"] if cell["streams"] and cell["sparsity"] == 0.5]
     rows = []
     for kind in TYPES:
         for cell in cells:
@@ -298,9 +299,9 @@ def choice() -> str:
     )
 
 
-def cpu() -> str:
+def cpu(document: str = "models") -> str:
     """Where the figures are from."""
-    machine = load("models")["machine"]
+    machine = load(document)["machine"]
     family, model, stepping = machine["family_model_stepping"]
     return (
         f"{machine['cpu']}, family {family}, model {model}, stepping {stepping}; {machine['cores']} cores; "
@@ -316,6 +317,10 @@ TABLES: dict[str, Callable[[], str]] = (
             *(cpu, targets, peers, model_streaming, all_shapes, slower_shapes, decode, arithmetic),
             *(levels, other_levels, choice),
         )
+    }
+    | {
+        f"{function.__name__}_zen5": partial(function, "models_zen5")
+        for function in (cpu, targets, peers, model_streaming)
     }
     | attention_page.TABLES
     | costs_page.TABLES
