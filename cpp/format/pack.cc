@@ -1,5 +1,6 @@
-// The packer. Passes over the source: scales (int8, int4), then the count of values of every run, from which the
-// offsets and the size follow, then masks and values, every run on its own, so that threads need no order.
+// The packer. Passes over the source: what int8 scales are multiples of, scales (int8, int4), then the count of values
+// of every run, from which the offsets and the size follow, then masks and values, every run on its own, so that
+// threads need no order.
 #include <algorithm>
 #include <cstring>
 #include <vector>

@@ -22,7 +22,7 @@ struct Scales {
 Status ComputeScales(const SourceMatrix& source, const PackedView& geometry, const float* given, unsigned threads,
                      Scales* scales);
 
-// What multiple of its column's scale an int8 scale is: -127 to 127, and 0 only of a scale of 0.
+// What multiple of its column's scale an int8 scale is: -127 to 127, and 0 only where one of the two is 0.
 inline float ScaleNumber(float scale, float column) {
   if (scale == 0.0f || column == 0.0f) return 0.0f;
   const float number = std::min(127.0f, std::max(-127.0f, RoundToInteger(scale / column)));

@@ -2,7 +2,8 @@
 //
 // A row of 32 weights: kmovd (port 5 on Intel), vpexpandw (2 x port 5), popcnt, a store. Through L1 even where the
 // product could take the register: on Zen 5 the result of an expand is slow to reach a floating-point unit (6.8 cycles
-// a row directly, 3.4 through L1), and AMX reads tiles from memory anyway.
+// a row directly, 3.4 through L1), and AMX reads tiles from memory anyway. (At M = 1 and 2 GCC 12 keeps rows in
+// registers all the same; making it store them was no faster there.)
 #pragma once
 
 #include "kernels/avx512_vec.h"
